@@ -1,0 +1,71 @@
+// Causal attention over a KV cache, dense or vertical-slash: host API of all implementations.
+//
+// Implementations: kernels/ref (naive, float64, the oracle), kernels/cpu (threaded, vectorised,
+// chosen at run time: AVX2, AVX-512, AVX-512 bf16), kernels/cuda (tensor cores, sm_80+). All agree
+// within the tolerance table of docs/numerics.md for the same index.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/sparse_index.h"
+#include "kernels/tensor_view.h"
+
+namespace vsprefill::kernels {
+
+struct AttentionShape {
+  int num_q_heads = 0;
+  int num_kv_heads = 0;  // divides num_q_heads
+  int head_dim = 0;      // CPU: any multiple of 16 up to 256; CUDA: 64, 96 or 128 (else 16-multiples <= 128 as implemented)
+  DType dtype = DType::kBF16;
+  float scale = 0;  // multiplies q . k, usually 1 / sqrt(head_dim)
+  int group_size() const { return num_q_heads / num_kv_heads; }
+};
+
+/// One sequence of a varlen batch. Strides count elements; head_dim is contiguous.
+struct AttentionSequence {
+  const void* q = nullptr;  // [q_tokens, num_q_heads, head_dim]
+  int64_t q_token_stride = 0, q_head_stride = 0;
+  const void* k = nullptr;  // [num_kv_heads, kv_tokens, head_dim], after RoPE
+  const void* v = nullptr;  // same strides as k
+  int64_t kv_head_stride = 0, kv_token_stride = 0;
+  void* out = nullptr;  // [q_tokens, num_q_heads, head_dim]
+  int64_t out_token_stride = 0, out_head_stride = 0;
+  int64_t q_tokens = 0;
+  int64_t kv_tokens = 0;  // query i stands at position kv_tokens - q_tokens + i
+  /// Null: dense causal attention.
+  const SparseIndexView* index = nullptr;
+};
+
+/// Sums over rows and query heads, for density = unmasked / dense and cost_ratio = multiplied /
+/// dense (dense: q_heads * sum over rows of visible keys).
+struct PairCounts {
+  int64_t unmasked = 0;    // (query, key) pairs that enter a softmax
+  int64_t multiplied = 0;  // pairs that the kernel multiplies, padding and masked ones included
+  int64_t dense = 0;
+};
+
+/// out = softmax(scale * q k^T + causal mask + index mask) v for each of `num_sequences` sequences.
+/// A row that may see no key cannot occur (each row sees itself through the local band or density).
+/// `sequences` is host memory in every implementation; the pointers in it are device memory for CUDA.
+/// CPU: returns when done, uses ParallelFor (kernels/cpu/parallel.h). CUDA: enqueues on `stream`, does not synchronise.
+using AttentionFn = KernelStatus (*)(const AttentionShape& shape, const AttentionSequence* sequences,
+                                     int num_sequences, Stream stream);
+
+KernelStatus AttentionRef(const AttentionShape& shape, const AttentionSequence* sequences,
+                          int num_sequences, Stream stream);
+KernelStatus AttentionCpu(const AttentionShape& shape, const AttentionSequence* sequences,
+                          int num_sequences, Stream stream);
+KernelStatus AttentionCuda(const AttentionShape& shape, const AttentionSequence* sequences,
+                           int num_sequences, Stream stream);
+
+/// Adds the pair counts of one sequence (one layer, all heads) to *counts: PairCounts in host
+/// memory (CPU) or device memory (CUDA, atomically on `stream`). Uses only sizes and index of
+/// `sequence`.
+using CountPairsFn = KernelStatus (*)(const AttentionShape& shape, const AttentionSequence& sequence,
+                                      PairCounts* counts, Stream stream);
+KernelStatus CountPairsCpu(const AttentionShape& shape, const AttentionSequence& sequence,
+                           PairCounts* counts, Stream stream);
+KernelStatus CountPairsCuda(const AttentionShape& shape, const AttentionSequence& sequence,
+                            PairCounts* counts, Stream stream);
+
+}  // namespace vsprefill::kernels

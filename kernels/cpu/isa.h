@@ -1,0 +1,18 @@
+// Instruction sets of the CPU kernels, chosen at run time (never by -march=native).
+#pragma once
+
+namespace vsprefill::kernels {
+
+enum class CpuIsa : int { kAvx2 = 0, kAvx512 = 1, kAvx512Bf16 = 2 };
+
+/// Best instruction set this processor and operating system support. The binary needs AVX2 and FMA;
+/// without them this returns kAvx2 and CpuIsaSupported(kAvx2) is false.
+CpuIsa DetectCpuIsa();
+bool CpuIsaSupported(CpuIsa isa);
+/// The instruction set in use: the detected one, or a lower one set by SetCpuIsa (--cpu_isa).
+CpuIsa ActiveCpuIsa();
+/// Returns false and changes nothing where `isa` is not supported.
+bool SetCpuIsa(CpuIsa isa);
+const char* CpuIsaName(CpuIsa isa);  // "avx2", "avx512", "avx512_bf16"
+
+}  // namespace vsprefill::kernels

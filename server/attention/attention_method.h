@@ -1,0 +1,97 @@
+// The one interface behind which every attention method stands: a method decides, for one layer and
+// a batch of sequences, which keys each row reads, and runs the kernel that reads them.
+//
+// A method is immutable and shared by requests; its parameters are resolved once per request into a
+// `MethodConfig`. Called on the engine thread only. Files: dense.cc, vsprefill.cc; registry.cc lists them.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "kernels/kernel_set.h"
+#include "server/base/allocator.h"
+
+namespace vsprefill::attention {
+
+/// Where one layer's pair counts go, per sequence: PairCounts in memory of the device; read after the
+/// request's last layer has completed.
+struct SequenceCall {
+  kernels::AttentionSequence attention;  // q, k, v, out, sizes; index is the method's to set
+  int64_t prompt_tokens = 0;             // length of the whole prompt (>= kv_tokens)
+  /// VSIndexer logits of tokens [0, kv_tokens): [num_kv_heads, logit_stride]; null if the method needs none.
+  const float* vertical_logits = nullptr;
+  const float* slash_logits = nullptr;
+  int64_t logit_stride = 0;
+  kernels::PairCounts* counts = nullptr;  // added to; may be null
+};
+
+/// One layer's attention for a batch.
+struct AttentionCall {
+  int layer = 0;
+  kernels::AttentionShape shape;
+  absl::Span<SequenceCall> sequences;
+  kernels::Stream stream = nullptr;
+};
+
+/// Dense attention of a device library (cuDNN through LibTorch), passed in by the model; null where
+/// our own kernel is to be used.
+using LibraryAttentionFn =
+    std::function<absl::Status(const kernels::AttentionShape&, absl::Span<const kernels::AttentionSequence>,
+                               kernels::Stream)>;
+
+/// What a method may use; outlives it.
+struct MethodContext {
+  const kernels::KernelSet* kernels = nullptr;
+  Allocator* allocator = nullptr;
+  LibraryAttentionFn library_attention;
+  int num_layers = 0;
+  /// Per-layer, per-group factors on the selection threshold, [num_layers][num_kv_heads]; empty: all 1.
+  std::vector<std::vector<float>> threshold_scale;
+};
+
+class AttentionMethod {
+ public:
+  virtual ~AttentionMethod() = default;
+  virtual absl::string_view name() const = 0;
+  /// Parameters as resolved for this request, by name.
+  virtual const std::map<std::string, double>& parameters() const = 0;
+  /// True if the model must compute VSIndexer logits and keep them beside the KV.
+  virtual bool needs_indexer_logits() const { return false; }
+  /// Runs attention of one layer. CUDA: enqueues on call.stream.
+  virtual absl::Status Attend(const AttentionCall& call) = 0;
+};
+
+struct ParameterSpec {
+  std::string name;
+  double default_value, min, max;
+  std::string help;
+};
+
+struct MethodSpec {
+  std::string name;
+  std::string help;
+  bool needs_indexer;
+  std::vector<ParameterSpec> parameters;
+  std::function<std::unique_ptr<AttentionMethod>(const MethodContext& context,
+                                                 const std::map<std::string, double>& parameters)>
+      create;
+};
+
+/// All methods this binary has, by name.
+const std::vector<MethodSpec>& MethodSpecs();
+
+/// A method with `overrides` on top of its defaults, for one request. INVALID_ARGUMENT for an unknown
+/// method or parameter, or a value out of range; the message names the allowed ones.
+absl::StatusOr<std::unique_ptr<AttentionMethod>> CreateMethod(
+    const MethodContext& context, absl::string_view name,
+    const std::map<std::string, double>& overrides);
+
+}  // namespace vsprefill::attention

@@ -1,0 +1,88 @@
+// The transformer forward pass over a KV cache: dense linear algebra by LibTorch (hidden in the .cc), everything
+// between by our kernels. One instance per process and device; not thread-safe (engine thread).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "kernels/tensor_view.h"
+#include "server/attention/attention_method.h"
+#include "server/base/allocator.h"
+#include "server/kv/kv_cache.h"
+#include "server/model/model_config.h"
+
+namespace vsprefill::model {
+
+struct LoadOptions {
+  std::string model_dir;
+  std::string indexer_path;  // empty: model_dir/indexer.safetensors where it exists; "none": without
+  kernels::DeviceKind device = kernels::DeviceKind::kCpu;
+  kernels::DType dtype = kernels::DType::kBF16;
+  int cpu_threads = 0;  // 0: all cores
+};
+
+/// Tokens [position_begin, position_begin + ids.size()) of one prompt.
+struct SequenceChunk {
+  absl::Span<const int32_t> ids;
+  int64_t position_begin = 0;  // == cache->num_tokens()
+  int64_t prompt_tokens = 0;   // length of the whole prompt
+  kv::KvCache* cache = nullptr;
+  kernels::PairCounts* counts = nullptr;  // [num_layers], memory of the device; may be null
+};
+
+enum class LogitsMode { kNone, kLast, kScores };
+
+struct ForwardOptions {
+  attention::AttentionMethod* method = nullptr;
+  LogitsMode logits = LogitsMode::kNone;
+  /// Called on the engine thread after layer `layer` of the chunk was computed (CPU) or enqueued
+  /// (CUDA; the caller records an event on stream()). An error ends the forward call with it: this is where
+  /// cancellation and deadlines are checked.
+  std::function<absl::Status(int layer)> after_layer;
+};
+
+struct ForwardResult {
+  /// kLast: float32 [num_sequences][vocab_size], logits of each chunk's last token (host).
+  std::vector<std::vector<float>> logits;
+  /// kScores: for token i of the chunk (but its last) the log-probability of ids[i + 1] and whether it is the
+  /// arg max, [num_sequences][tokens - 1].
+  std::vector<std::vector<float>> log_probs;
+  std::vector<std::vector<uint8_t>> top1;
+  /// Seconds spent in indexer and attention (CPU only; 0 on CUDA).
+  double indexer_seconds = 0, attention_seconds = 0;
+};
+
+class Transformer {
+ public:
+  /// Loads a Hugging Face directory. INVALID_ARGUMENT: bad file or unsupported model, one clear line;
+  /// FAILED_PRECONDITION: an indexer distilled for other weights; NOT_FOUND: no such file.
+  static absl::StatusOr<std::unique_ptr<Transformer>> Load(const LoadOptions& options);
+  virtual ~Transformer() = default;
+
+  virtual const ModelConfig& config() const = 0;
+  virtual const kv::KvLayout& kv_layout() const = 0;  // kv_id set
+  virtual const std::string& weights_id() const = 0;
+  virtual bool has_indexer() const = 0;
+  virtual std::string device_description() const = 0;
+  virtual kernels::DeviceKind device() const = 0;
+  virtual Allocator& allocator() = 0;
+  virtual kernels::Stream stream() const = 0;
+  /// For CreateMethod.
+  virtual const attention::MethodContext& method_context() const = 0;
+  virtual const kernels::KernelSet& kernels() const = 0;
+
+  /// Runs one chunk of each sequence, appends K, V (and logits where the method needs them) to the caches and
+  /// advances their num_tokens. All sequences share the method. On error the caches' num_tokens are unchanged.
+  virtual absl::StatusOr<ForwardResult> Forward(absl::Span<const SequenceChunk> batch,
+                                                const ForwardOptions& options) = 0;
+  /// Waits until all enqueued work is done (no-op on the CPU). INTERNAL on a device error.
+  virtual absl::Status Synchronize() = 0;
+};
+
+}  // namespace vsprefill::model
