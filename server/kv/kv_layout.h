@@ -9,7 +9,8 @@
 
 namespace vsprefill::kv {
 
-/// No message on the wire is larger than this, header included, so that a client with gRPC's default limit can read it.
+/// No message on the wire is larger than this, header included, so that a client with gRPC's
+/// default limit can read it.
 inline constexpr int64_t kMaxMessageBytes = 4 << 20;
 /// Room kept for the header of a chunk message.
 inline constexpr int64_t kMaxChunkHeaderBytes = 1024;
