@@ -79,7 +79,7 @@ int64_t SelectionWorkspaceBytes(int num_groups, int64_t kv_tokens);
 /// index->num_groups and, on the host, index->dense_from = max(0, prompt_tokens -
 /// last_dense_tokens), INT64_MAX where last_dense_tokens is 0.
 /// CPU: done on return, ParallelFor over the groups. CUDA: enqueues on `stream`.
-/// kUnsupportedShape: kv_tokens, group_size (1..128) or num_groups out of range.
+/// kUnsupportedShape: group_size not in 1..128, or not 0 <= q_start < kv_tokens <= prompt_tokens.
 using SelectFn = KernelStatus (*)(const SelectionInput& input, const SelectionParams& params,
                                   void* workspace, SparseIndexView* index, Stream stream);
 KernelStatus SelectRef(const SelectionInput& input, const SelectionParams& params, void* workspace,

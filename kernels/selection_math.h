@@ -38,7 +38,7 @@ constexpr uint64_t Weight(float logit, float max) {
   return (p << 5) >> (fixed >> 24);
 }
 
-/// Sizes and per-group factors, from n, M, the parameters and the exact sums of the weights.
+/// What follows from the sizes and parameters alone; the same for all groups.
 struct Geometry {
   int64_t n = 0, q_start = 0;
   int64_t row_tile = 0;      // M
@@ -50,6 +50,12 @@ struct Geometry {
   int64_t sparse_end = 0;    // rows [q_start, sparse_end) are sparse, [sparse_end, n) dense
   int64_t dense_from = 0;
 };
+
+constexpr bool Supported(const SelectionInput& input) {
+  return input.num_groups >= 1 && input.group_size >= 1 && input.group_size <= kPackedRows &&
+         input.kv_tokens >= 1 && input.kv_tokens <= kMaxSelectionTokens && input.q_start >= 0 &&
+         input.q_start < input.kv_tokens && input.prompt_tokens >= input.kv_tokens;
+}
 
 constexpr Geometry MakeGeometry(const SelectionInput& input, const SelectionParams& params) {
   Geometry g;
