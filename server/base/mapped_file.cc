@@ -71,8 +71,8 @@ void MappedFile::DropPages(absl::Span<const uint8_t> range) const {
 absl::StatusOr<std::string> ReadTextFile(const std::string& path, int64_t max_bytes) {
   VSP_ASSIGN_OR_RETURN(const MappedFile file, MappedFile::Open(path));
   if (static_cast<int64_t>(file.bytes().size()) > max_bytes) {
-    return absl::ResourceExhaustedError(absl::StrCat(path, ": ", file.bytes().size(),
-                                                     " bytes, at most ", max_bytes, " are read"));
+    return absl::ResourceExhaustedError(
+        absl::StrCat(path, ": ", file.bytes().size(), " bytes, at most ", max_bytes, " are read"));
   }
   return std::string(file.bytes().begin(), file.bytes().end());
 }

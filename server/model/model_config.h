@@ -17,12 +17,12 @@ struct RopeConfig {
   std::string type = "default";  // default, linear, llama3, yarn
   double theta = 10000.0;
   double factor = 1.0;
-  double low_freq_factor = 1.0, high_freq_factor = 4.0;        // llama3
-  double beta_fast = 32.0, beta_slow = 1.0;                    // yarn
-  double attention_factor = 0.0;                               // yarn; 0: derived from factor
-  double mscale = 0.0, mscale_all_dim = 0.0;                   // yarn
-  bool truncate = true;                                        // yarn
-  int64_t original_max_position_embeddings = 0;                // llama3, yarn
+  double low_freq_factor = 1.0, high_freq_factor = 4.0;  // llama3
+  double beta_fast = 32.0, beta_slow = 1.0;              // yarn
+  double attention_factor = 0.0;                         // yarn; 0: derived from factor
+  double mscale = 0.0, mscale_all_dim = 0.0;             // yarn
+  bool truncate = true;                                  // yarn
+  int64_t original_max_position_embeddings = 0;          // llama3, yarn
 };
 
 struct ModelConfig {
@@ -36,11 +36,15 @@ struct ModelConfig {
   int64_t max_position_embeddings = 0;
   float rms_norm_eps = 1e-6f;
   bool tied_embeddings = false;
-  bool qkv_bias = false, o_bias = false, mlp_bias = false;  // Qwen2: qkv; Llama: attention_bias, mlp_bias
-  bool qk_norm = false;                                     // Qwen3
+  bool qkv_bias = false, o_bias = false,
+       mlp_bias = false;  // Qwen2: qkv; Llama: attention_bias, mlp_bias
+  bool qk_norm = false;   // Qwen3
   RopeConfig rope;
   std::vector<int32_t> eos_token_ids;  // from generation_config.json or config.json
 };
+
+/// The factor on cos and sin: yarn's attention_factor, given or derived; 1 for the other kinds.
+double ResolvedAttentionFactor(const RopeConfig& rope);
 
 /// INVALID_ARGUMENT names the key, its value and what is supported.
 absl::StatusOr<ModelConfig> ParseModelConfig(absl::string_view config_json,
