@@ -1,0 +1,32 @@
+// Between protobuf messages and the client library's structs. Everything that a peer sent is
+// checked here before it is used as a size. Internal.
+#pragma once
+
+#include <grpcpp/support/status.h>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "client/cc/types.h"
+#include "vsprefill/v1/kv.pb.h"
+#include "vsprefill/v1/prefill.pb.h"
+
+namespace vsprefill::client {
+
+v1::PrefillRequest ToProto(const PrefillRequest& request);
+
+/// DATA_LOSS: a size that is zero or beyond what any model has, an unknown dtype, or
+/// start_token >= prompt_tokens.
+absl::StatusOr<KvShape> ShapeFromProto(const v1::KvLayout& layout);
+absl::StatusOr<Accepted> FromProto(const v1::Accepted& accepted);
+KvManifest FromProto(const v1::KvManifest& manifest);
+PrefillStats FromProto(const v1::PrefillStats& stats);
+TargetStatus FromProto(const v1::TargetStatus& target);
+/// DATA_LOSS as ShapeFromProto; the layout's token counts are not looked at.
+absl::StatusOr<ModelInfo> FromProto(const v1::ModelInfo& info);
+ServerLoad FromProto(const v1::Load& load);
+
+/// The codes of gRPC and Abseil are the same.
+absl::Status FromGrpc(const grpc::Status& status);
+grpc::Status ToGrpc(const absl::Status& status);
+
+}  // namespace vsprefill::client
