@@ -1,0 +1,3 @@
+"""Client of vsprefill: token ids or text in, KV cache and first token out."""
+
+__version__ = "0.1.0"
