@@ -3,10 +3,6 @@
 
 namespace vsprefill::kernels {
 
-KernelStatus AttentionCpu(const AttentionShape& shape, const AttentionSequence* sequences,
-                          int num_sequences, Stream stream) {
-  return AttentionRef(shape, sequences, num_sequences, stream);
-}
 KernelStatus RmsNormCpu(const RmsNormArgs& args, Stream stream) { return RmsNormRef(args, stream); }
 KernelStatus QkvRopeAppendCpu(const QkvRopeAppendArgs& args, Stream stream) {
   return QkvRopeAppendRef(args, stream);

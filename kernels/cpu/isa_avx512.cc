@@ -1,0 +1,15 @@
+// The CPU kernels for one instruction set; compiled with its flags (kernels/CMakeLists.txt).
+#include "kernels/cpu/vec_avx512_inl.h"
+// The vector type comes first: the rest is written in terms of it.
+#include "kernels/cpu/attention_inl.h"
+#include "kernels/cpu/isa_kernels.h"
+
+namespace vsprefill::kernels::cpu {
+
+const IsaKernels& Avx512Kernels() {
+  static constexpr IsaKernels kKernels{AttentionBegin, AttentionColumns, AttentionMerge,
+                                       AttentionFinish};
+  return kKernels;
+}
+
+}  // namespace vsprefill::kernels::cpu

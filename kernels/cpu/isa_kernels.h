@@ -1,0 +1,82 @@
+// What one instruction set provides: plain functions over plain structs, compiled once per
+// instruction set from the *_inl.h files into an anonymous namespace (isa_<name>.cc), so that no
+// function built with wide instructions can be picked by the linker for common code.
+//
+// "Lanes" are packed rows: a lane block holds a multiple of 16 of them, and every matrix product
+// here is  C[m][lane] = sum_k A[m][k] * B[k][lane]  with A broadcast and lanes along the vectors.
+// Keys are A, so gathered columns need no transposition, and row maxima and sums need no horizontal
+// step.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/isa.h"
+#include "kernels/indexer.h"
+#include "kernels/layer_ops.h"
+#include "kernels/tensor_view.h"
+
+namespace vsprefill::kernels::cpu {
+
+/// Columns that AttentionColumns takes at most in one call.
+inline constexpr int kColumnTile = 96;
+inline constexpr int kMaxHeadDim = 256;
+inline constexpr int kMaxLanes = 128;
+inline constexpr int kMaxBlockLanes = 64;  // lanes computed together
+/// A column that no row may see; pads a tile to an even count.
+inline constexpr int32_t kPaddingColumn = INT32_MAX;
+
+/// Running state of one row tile. Buffers are 64-byte aligned and hold the most that any shape
+/// needs.
+struct AttentionTile {
+  DType dtype = DType::kBF16;
+  int head_dim = 0;
+  int rows = 0;                   // packed rows, the rest of the lanes is padding
+  int lanes = 0;                  // rows rounded up to 16
+  float scale_log2 = 0;           // softmax scale times log2(e)
+  void* query = nullptr;          // 32-bit words [words per row, rounded up to 16][lanes]
+  float* sum_out = nullptr;       // [head_dim][lanes]: sum of p v; both in lane blocks
+  float* max = nullptr;           // [lanes]: reference maximum, times scale_log2
+  float* sum = nullptr;           // [lanes]: sum of p
+  int32_t* positions = nullptr;   // [lanes]: position of each row; padding repeats the last row's
+  void* key_tile = nullptr;       // 32-bit words [kColumnTile][words per row]
+  void* value_tile = nullptr;     // 32-bit words [kColumnTile or half][head_dim]
+  float* scores = nullptr;        // [kColumnTile][kMaxBlockLanes]
+  void* probabilities = nullptr;  // 32-bit words [kColumnTile][kMaxBlockLanes]
+};
+
+struct ColumnBatch {
+  const void* k = nullptr;  // row of column 0
+  const void* v = nullptr;
+  int64_t token_stride = 0;          // elements
+  const int32_t* columns = nullptr;  // kPaddingColumn where there is none
+  int count = 0;                     // even, 1..kColumnTile
+  bool masked = false;               // some row may not see some column
+};
+
+struct IsaKernels {
+  /// Packs the query rows and clears the sums. `query_rows`: [rows] pointers.
+  void (*attention_begin)(const AttentionTile& tile, const void* const* query_rows);
+  void (*attention_columns)(const AttentionTile& tile, const ColumnBatch& batch);
+  /// Adds the sums of partials[1..count) of one tile, computed over other columns, to partials[0].
+  void (*attention_merge)(const AttentionTile* partials, int count);
+  /// out row r = sum_out[.][r] / sum[r], rounded to the dtype.
+  void (*attention_finish)(const AttentionTile& tile, void* const* out_rows);
+};
+
+const IsaKernels& Avx2Kernels();
+const IsaKernels& Avx512Kernels();
+const IsaKernels& Avx512Bf16Kernels();
+
+inline const IsaKernels& ActiveKernels() {
+  switch (ActiveCpuIsa()) {
+    case CpuIsa::kAvx512Bf16:
+      return Avx512Bf16Kernels();
+    case CpuIsa::kAvx512:
+      return Avx512Kernels();
+    case CpuIsa::kAvx2:
+      break;
+  }
+  return Avx2Kernels();
+}
+
+}  // namespace vsprefill::kernels::cpu
