@@ -2,7 +2,8 @@
 // a batch of sequences, which keys each row reads, and runs the kernel that reads them.
 //
 // A method is immutable and shared by requests; its parameters are resolved once per request into a
-// `MethodConfig`. Called on the engine thread only. Files: dense.cc, vsprefill.cc; registry.cc lists them.
+// `MethodConfig`. Called on the engine thread only. Files: dense.cc, vsprefill.cc; registry.cc
+// lists them.
 #pragma once
 
 #include <cstdint>
@@ -21,12 +22,13 @@
 
 namespace vsprefill::attention {
 
-/// Where one layer's pair counts go, per sequence: PairCounts in memory of the device; read after the
-/// request's last layer has completed.
+/// Where one layer's pair counts go, per sequence: PairCounts in memory of the device; read after
+/// the request's last layer has completed.
 struct SequenceCall {
   kernels::AttentionSequence attention;  // q, k, v, out, sizes; index is the method's to set
   int64_t prompt_tokens = 0;             // length of the whole prompt (>= kv_tokens)
-  /// VSIndexer logits of tokens [0, kv_tokens): [num_kv_heads, logit_stride]; null if the method needs none.
+  /// VSIndexer logits of tokens [0, kv_tokens): [num_kv_heads, logit_stride]; null if the method
+  /// needs none.
   const float* vertical_logits = nullptr;
   const float* slash_logits = nullptr;
   int64_t logit_stride = 0;
@@ -43,9 +45,8 @@ struct AttentionCall {
 
 /// Dense attention of a device library (cuDNN through LibTorch), passed in by the model; null where
 /// our own kernel is to be used.
-using LibraryAttentionFn =
-    std::function<absl::Status(const kernels::AttentionShape&, absl::Span<const kernels::AttentionSequence>,
-                               kernels::Stream)>;
+using LibraryAttentionFn = std::function<absl::Status(
+    const kernels::AttentionShape&, absl::Span<const kernels::AttentionSequence>, kernels::Stream)>;
 
 /// What a method may use; outlives it.
 struct MethodContext {
@@ -53,8 +54,21 @@ struct MethodContext {
   Allocator* allocator = nullptr;
   LibraryAttentionFn library_attention;
   int num_layers = 0;
-  /// Per-layer, per-group factors on the selection threshold, [num_layers][num_kv_heads]; empty: all 1.
+  /// Per-layer, per-group factors on the selection threshold, [num_layers][num_kv_heads]; empty:
+  /// all 1.
   std::vector<std::vector<float>> threshold_scale;
+};
+
+/// How much the index of the last chunk's first sequence held, and what choosing it cost.
+struct IndexStatistics {
+  /// Columns and blocks of 64 distances per layer and KV group, int32 [num_layers, num_groups] in
+  /// memory of the device, valid once the layer's work is done; rows before `first_layer` are not
+  /// set. Null: the method has no index, or the last chunk was dense.
+  const int32_t* num_verticals = nullptr;
+  const int32_t* num_bands = nullptr;
+  int first_layer = 0, num_layers = 0, num_groups = 0;
+  /// Time spent on selection since the method was made (CPU; 0 on CUDA, where it is enqueued).
+  double select_seconds = 0;
 };
 
 class AttentionMethod {
@@ -65,7 +79,9 @@ class AttentionMethod {
   virtual const std::map<std::string, double>& parameters() const = 0;
   /// True if the model must compute VSIndexer logits and keep them beside the KV.
   virtual bool needs_indexer_logits() const { return false; }
-  /// Runs attention of one layer. CUDA: enqueues on call.stream.
+  virtual IndexStatistics index_statistics() const { return {}; }
+  /// Runs attention of one layer. CUDA: enqueues on call.stream. The method's buffers are reused by
+  /// the next call, so all calls of one method use one stream, and it outlives the enqueued work.
   virtual absl::Status Attend(const AttentionCall& call) = 0;
 };
 
@@ -73,6 +89,7 @@ struct ParameterSpec {
   std::string name;
   double default_value, min, max;
   std::string help;
+  bool whole = false;  // only whole numbers
 };
 
 struct MethodSpec {
@@ -88,8 +105,8 @@ struct MethodSpec {
 /// All methods this binary has, by name.
 const std::vector<MethodSpec>& MethodSpecs();
 
-/// A method with `overrides` on top of its defaults, for one request. INVALID_ARGUMENT for an unknown
-/// method or parameter, or a value out of range; the message names the allowed ones.
+/// A method with `overrides` on top of its defaults, for one request. INVALID_ARGUMENT for an
+/// unknown method or parameter, or a value out of range; the message names the allowed ones.
 absl::StatusOr<std::unique_ptr<AttentionMethod>> CreateMethod(
     const MethodContext& context, absl::string_view name,
     const std::map<std::string, double>& overrides);

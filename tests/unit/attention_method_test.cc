@@ -1,0 +1,285 @@
+// Attention methods over the reference and the CPU kernels: registry, parameters, dense and
+// VSPrefill execution, chunks, batches, pair counts and statistics.
+#include "server/attention/attention_method.h"
+
+#include <cmath>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace vsprefill::attention {
+namespace {
+
+using kernels::AttentionSequence;
+using kernels::AttentionShape;
+using kernels::PairCounts;
+using testing::AllOf;
+using testing::HasSubstr;
+
+constexpr int kHeadDim = 16;
+constexpr int kKvHeads = 2;
+constexpr int kGroup = 3;
+constexpr int kHeads = kKvHeads * kGroup;
+constexpr int kLayers = 4;
+
+AttentionShape MakeShape() {
+  AttentionShape shape;
+  shape.num_q_heads = kHeads;
+  shape.num_kv_heads = kKvHeads;
+  shape.head_dim = kHeadDim;
+  shape.dtype = kernels::DType::kF32;
+  shape.scale = 0.25f;
+  return shape;
+}
+
+/// A prompt of random q, k, v and logits, run in chunks.
+struct Prompt {
+  int64_t tokens;
+  std::vector<float> q, k, v, out, vertical, slash;
+
+  Prompt(int64_t n, unsigned seed) : tokens(n) {
+    std::mt19937 rng(seed);
+    std::normal_distribution<float> normal;
+    auto fill = [&](std::vector<float>& x, int64_t size) {
+      x.resize(size);
+      for (float& value : x) value = normal(rng);
+    };
+    fill(q, n * kHeads * kHeadDim);
+    fill(k, n * kKvHeads * kHeadDim);
+    fill(v, n * kKvHeads * kHeadDim);
+    fill(vertical, n * kKvHeads);
+    fill(slash, n * kKvHeads);
+    out.assign(q.size(), NAN);
+  }
+  SequenceCall Chunk(int64_t begin, int64_t end, PairCounts* counts) {
+    SequenceCall call;
+    AttentionSequence& a = call.attention;
+    a.q = q.data() + begin * kHeads * kHeadDim;
+    a.out = out.data() + begin * kHeads * kHeadDim;
+    a.q_token_stride = a.out_token_stride = kHeads * kHeadDim;
+    a.q_head_stride = a.out_head_stride = kHeadDim;
+    a.k = k.data();
+    a.v = v.data();
+    a.kv_head_stride = tokens * kHeadDim;
+    a.kv_token_stride = kHeadDim;
+    a.q_tokens = end - begin;
+    a.kv_tokens = end;
+    call.prompt_tokens = tokens;
+    call.vertical_logits = vertical.data();
+    call.slash_logits = slash.data();
+    call.logit_stride = tokens;
+    call.counts = counts;
+    return call;
+  }
+};
+
+class AttentionMethodTest : public testing::TestWithParam<bool> {
+ protected:
+  AttentionMethodTest() {
+    context_.kernels = GetParam() ? &kernels::CpuKernels() : &kernels::RefKernels();
+    context_.allocator = &HostAllocator();
+    context_.num_layers = kLayers;
+  }
+  std::unique_ptr<AttentionMethod> Make(absl::string_view name,
+                                        const std::map<std::string, double>& parameters = {}) {
+    auto method = CreateMethod(context_, name, parameters);
+    EXPECT_TRUE(method.ok()) << method.status();
+    return *std::move(method);
+  }
+  absl::Status Attend(AttentionMethod& method, std::vector<SequenceCall> sequences, int layer = 0) {
+    AttentionCall call;
+    call.layer = layer;
+    call.shape = MakeShape();
+    call.sequences = absl::MakeSpan(sequences);
+    return method.Attend(call);
+  }
+  /// Output of the whole prompt at once by `method`.
+  std::vector<float> Whole(AttentionMethod& method, Prompt& prompt, PairCounts* counts = nullptr,
+                           int layer = 0) {
+    EXPECT_TRUE(Attend(method, {prompt.Chunk(0, prompt.tokens, counts)}, layer).ok());
+    return prompt.out;
+  }
+
+  MethodContext context_;
+};
+
+double MaxDifference(const std::vector<float>& a, const std::vector<float>& b) {
+  double worst = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double difference = std::abs(double{a[i]} - double{b[i]});
+    worst = difference <= worst ? worst : difference;  // NaN is kept
+  }
+  return worst;
+}
+
+std::string MessageFor(const MethodContext& context, absl::string_view name,
+                       const std::map<std::string, double>& parameters) {
+  auto method = CreateMethod(context, name, parameters);
+  EXPECT_EQ(method.status().code(), absl::StatusCode::kInvalidArgument);
+  return std::string(method.status().message());
+}
+
+TEST_P(AttentionMethodTest, RefusesUnknownNamesAndValuesOutOfRange) {
+  EXPECT_THAT(MessageFor(context_, "flash", {}),
+              AllOf(HasSubstr("\"flash\""), HasSubstr("dense, vsprefill")));
+  EXPECT_THAT(MessageFor(context_, "dense", {{"threshold", 1}}),
+              AllOf(HasSubstr("\"threshold\""), HasSubstr("known: none")));
+  EXPECT_THAT(MessageFor(context_, "vsprefill", {{"treshold", 1}}),
+              AllOf(HasSubstr("\"treshold\""), HasSubstr("threshold, tau_vertical")));
+  EXPECT_THAT(MessageFor(context_, "vsprefill", {{"local_tokens", 64}}),
+              AllOf(HasSubstr("local_tokens = 64"), HasSubstr("[128, ")));
+  EXPECT_THAT(MessageFor(context_, "vsprefill", {{"sink_tokens", 1.5}}), HasSubstr("whole number"));
+  EXPECT_THAT(MessageFor(context_, "vsprefill", {{"tau_slash", NAN}}), HasSubstr("[0, 1]"));
+  EXPECT_THAT(MessageFor(context_, "vsprefill", {{"max_density", 1.01}}), HasSubstr("1.01"));
+}
+
+TEST_P(AttentionMethodTest, OverridesAreResolvedOnTopOfDefaults) {
+  auto method = Make("vsprefill", {{"threshold", 7.5}});
+  EXPECT_EQ(method->name(), "vsprefill");
+  EXPECT_TRUE(method->needs_indexer_logits());
+  for (const MethodSpec& spec : MethodSpecs()) {
+    if (spec.name != "vsprefill") continue;
+    EXPECT_TRUE(spec.needs_indexer);
+    ASSERT_EQ(method->parameters().size(), spec.parameters.size());
+    for (const ParameterSpec& parameter : spec.parameters) {
+      EXPECT_LE(parameter.min, parameter.default_value) << parameter.name;
+      EXPECT_GE(parameter.max, parameter.default_value) << parameter.name;
+      EXPECT_EQ(method->parameters().at(parameter.name),
+                parameter.name == "threshold" ? 7.5 : parameter.default_value);
+    }
+  }
+  EXPECT_FALSE(Make("dense")->needs_indexer_logits());
+}
+
+TEST_P(AttentionMethodTest, KeepingEverythingEqualsDense) {
+  Prompt prompt(500, 1);
+  PairCounts dense_counts, counts;
+  const auto dense = Whole(*Make("dense"), prompt, &dense_counts);
+  auto method = Make("vsprefill", {{"threshold", 0}, {"dense_below", 0}, {"dense_layers", 0}});
+  EXPECT_LT(MaxDifference(dense, Whole(*method, prompt, &counts)), 1e-5);
+  EXPECT_EQ(dense_counts.dense, kHeads * 500 * 501 / 2);
+  EXPECT_EQ(dense_counts.unmasked, dense_counts.dense);
+  EXPECT_EQ(counts.unmasked, counts.dense);
+}
+
+TEST_P(AttentionMethodTest, SparseReadsFewerPairsAndReportsThem) {
+  Prompt prompt(900, 2);
+  PairCounts counts;
+  auto method = Make("vsprefill", {{"threshold", 5}, {"dense_below", 0}, {"dense_layers", 1}});
+  const auto dense = Whole(*Make("dense"), prompt);
+  EXPECT_EQ(MaxDifference(dense, Whole(*method, prompt, nullptr, 0)), 0) << "a dense layer";
+  EXPECT_EQ(method->index_statistics().num_verticals, nullptr);
+  EXPECT_GT(MaxDifference(dense, Whole(*method, prompt, &counts, 2)), 1e-3);
+  EXPECT_LT(counts.unmasked, 0.7 * counts.dense);
+  EXPECT_GE(counts.multiplied, counts.unmasked);
+
+  const IndexStatistics statistics = method->index_statistics();
+  ASSERT_NE(statistics.num_verticals, nullptr);
+  EXPECT_EQ(statistics.num_layers, kLayers);
+  EXPECT_EQ(statistics.num_groups, kKvHeads);
+  EXPECT_EQ(statistics.first_layer, 1);
+  EXPECT_GT(statistics.select_seconds, 0);
+  for (int group = 0; group < kKvHeads; ++group) {
+    EXPECT_GE(statistics.num_verticals[2 * kKvHeads + group], 64);
+    EXPECT_LT(statistics.num_verticals[2 * kKvHeads + group], 900);
+    EXPECT_GE(statistics.num_bands[2 * kKvHeads + group], 2);
+  }
+}
+
+TEST_P(AttentionMethodTest, LastRowsAreDense) {
+  Prompt prompt(900, 3);
+  const auto dense = Whole(*Make("dense"), prompt);
+  const std::map<std::string, double> parameters = {
+      {"threshold", 1e6}, {"dense_below", 0}, {"dense_layers", 0}, {"last_dense_tokens", 64}};
+  const auto whole = Whole(*Make("vsprefill", parameters), prompt);
+  // The same rows are dense when they arrive as a chunk of their own.
+  auto chunked = Make("vsprefill", parameters);
+  prompt.out.assign(prompt.out.size(), NAN);
+  ASSERT_TRUE(Attend(*chunked, {prompt.Chunk(0, 800, nullptr)}).ok());
+  ASSERT_TRUE(Attend(*chunked, {prompt.Chunk(800, 900, nullptr)}).ok());
+  const int64_t row = kHeads * kHeadDim;
+  for (const auto& out : {whole, prompt.out}) {
+    const std::vector<float> a(out.end() - 64 * row, out.end());
+    const std::vector<float> b(dense.end() - 64 * row, dense.end());
+    EXPECT_LT(MaxDifference(a, b), 1e-5);
+    EXPECT_GT(MaxDifference(out, dense), 1e-3);
+  }
+}
+
+TEST_P(AttentionMethodTest, BatchGivesWhatSingleCallsGive) {
+  Prompt a(700, 4), b(300, 5), c(450, 6);
+  const std::map<std::string, double> parameters = {{"threshold", 4}, {"dense_below", 400}};
+  std::vector<std::vector<float>> single;
+  for (Prompt* prompt : {&a, &b, &c}) {
+    single.push_back(Whole(*Make("vsprefill", parameters), *prompt));
+    prompt->out.assign(prompt->out.size(), NAN);
+  }
+  PairCounts counts[3];
+  auto method = Make("vsprefill", parameters);
+  ASSERT_TRUE(Attend(*method, {c.Chunk(0, 450, nullptr)}).ok());  // buffers of another shape
+  ASSERT_TRUE(Attend(*method, {a.Chunk(0, 700, &counts[0]), b.Chunk(0, 300, &counts[1]),
+                               c.Chunk(0, 450, &counts[2])})
+                  .ok());
+  EXPECT_LT(MaxDifference(a.out, single[0]), 1e-6);
+  EXPECT_LT(MaxDifference(b.out, single[1]), 1e-6);
+  EXPECT_LT(MaxDifference(c.out, single[2]), 1e-6);
+  EXPECT_LT(counts[0].unmasked, counts[0].dense);
+  EXPECT_EQ(counts[1].unmasked, counts[1].dense) << "shorter than dense_below";
+  EXPECT_LT(counts[2].unmasked, counts[2].dense);
+}
+
+TEST_P(AttentionMethodTest, ThresholdScaleOfTheLayerIsUsed) {
+  Prompt prompt(900, 7);
+  context_.threshold_scale.assign(kLayers, std::vector<float>(kKvHeads, 1.0f));
+  context_.threshold_scale[3].assign(kKvHeads, 0.0f);  // keeps everything
+  auto method = Make("vsprefill", {{"threshold", 5}, {"dense_below", 0}, {"dense_layers", 0}});
+  PairCounts plain, scaled;
+  Whole(*method, prompt, &plain, 2);
+  Whole(*method, prompt, &scaled, 3);
+  EXPECT_LT(plain.unmasked, plain.dense);
+  EXPECT_EQ(scaled.unmasked, scaled.dense);
+}
+
+TEST_P(AttentionMethodTest, NeedsLogits) {
+  Prompt prompt(300, 8);
+  SequenceCall sequence = prompt.Chunk(0, 300, nullptr);
+  sequence.slash_logits = nullptr;
+  auto method = Make("vsprefill", {{"dense_below", 0}});
+  EXPECT_EQ(Attend(*method, {sequence}).code(), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_P(AttentionMethodTest, LibraryAttentionServesDenseCallsOnly) {
+  int calls = 0;
+  context_.library_attention = [&calls](const AttentionShape&,
+                                        absl::Span<const AttentionSequence> sequences,
+                                        kernels::Stream) {
+    calls += static_cast<int>(sequences.size());
+    return absl::OkStatus();
+  };
+  Prompt prompt(300, 9);
+  PairCounts counts;
+  Whole(*Make("dense"), prompt, &counts);
+  EXPECT_EQ(calls, 1);
+  EXPECT_EQ(counts.unmasked, counts.dense);
+  Whole(*Make("vsprefill", {{"dense_below", 0}, {"dense_layers", 0}}), prompt);
+  EXPECT_EQ(calls, 1);
+  Whole(*Make("vsprefill", {{"dense_below", 1000}}), prompt);
+  EXPECT_EQ(calls, 2);
+}
+
+TEST_P(AttentionMethodTest, KernelErrorsNameTheOperation) {
+  Prompt prompt(300, 10);
+  std::vector<SequenceCall> sequences = {prompt.Chunk(0, 300, nullptr)};
+  sequences[0].prompt_tokens = 200;  // shorter than what is there
+  auto method = Make("vsprefill", {{"dense_below", 0}});
+  EXPECT_THAT(std::string(Attend(*method, sequences).message()), HasSubstr("selection"));
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernels, AttentionMethodTest, testing::Bool(),
+                         [](const auto& info) { return info.param ? "cpu" : "ref"; });
+
+}  // namespace
+}  // namespace vsprefill::attention
