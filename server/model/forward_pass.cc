@@ -1,0 +1,384 @@
+#include "server/model/forward_pass.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "server/base/kernel_status.h"
+#include "server/base/status_macros.h"
+#include "server/model/torch_guard.h"
+
+namespace vsprefill::model {
+namespace {
+
+// Rows that pass through the MLP (and the LM head) at a time: the widest activations stay in the
+// processor's cache and small in memory.
+constexpr int64_t kCpuMlpRows = 1024;
+constexpr int64_t kCudaMlpRows = 8192;
+constexpr int64_t kScoreRows = 128;
+
+double Seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+ForwardPass::ForwardPass(const Model& model)
+    : model_(model),
+      dtype_(model.kv_layout->dtype),
+      rope_(model.config->rope, model.config->head_dim) {}
+
+absl::StatusOr<ForwardResult> ForwardPass::Run(absl::Span<const SequenceChunk> batch,
+                                               const ForwardOptions& options) {
+  VSP_RETURN_IF_ERROR(Validate(batch, options));
+  VSP_RETURN_IF_ERROR(model_.backend->EnterThread());
+  VSP_RETURN_IF_ERROR(PrepareBuffers(batch));
+  int64_t positions = 0;
+  int64_t row = 0;
+  for (const SequenceChunk& chunk : batch) {
+    const int64_t tokens = chunk.ids.size();
+    positions = std::max(positions, chunk.position_begin + tokens);
+    VSP_RETURN_IF_ERROR(model_.backend->Embed(
+        chunk.ids, model_.weights->embedding.data(), model_.config->vocab_size,
+        model_.config->hidden_size, dtype_, Row(residual_, row, model_.config->hidden_size)));
+    row += tokens;
+  }
+  VSP_RETURN_IF_ERROR(PrepareRope(positions));
+
+  ForwardResult result;
+  VSP_RETURN_IF_ERROR(Norm(model_.weights->layers[0].input_norm.data(), 0, total_rows_,
+                           /*add_delta=*/false));
+  for (int layer = 0; layer < model_.config->num_layers; ++layer) {
+    VSP_RETURN_IF_ERROR(RunLayer(layer, batch, options, &result));
+    if (options.after_layer) VSP_RETURN_IF_ERROR(options.after_layer(layer));
+  }
+  if (options.logits == LogitsMode::kLast) VSP_RETURN_IF_ERROR(LastLogits(batch, &result));
+  if (options.logits == LogitsMode::kScores) VSP_RETURN_IF_ERROR(AllScores(batch, &result));
+  for (const SequenceChunk& chunk : batch) {
+    chunk.cache->set_num_tokens(chunk.position_begin + static_cast<int64_t>(chunk.ids.size()));
+  }
+  return result;
+}
+
+absl::Status ForwardPass::Validate(absl::Span<const SequenceChunk> batch,
+                                   const ForwardOptions& options) const {
+  if (batch.empty()) return absl::InvalidArgumentError("forward call without a sequence");
+  if (options.method == nullptr) {
+    return absl::InvalidArgumentError("forward call without an attention method");
+  }
+  const bool needs_logits = options.method->needs_indexer_logits();
+  if (needs_logits && model_.indexer == nullptr) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("method ", options.method->name(), " needs an indexer, none is loaded"));
+  }
+  for (const SequenceChunk& chunk : batch) {
+    const int64_t tokens = chunk.ids.size();
+    const int64_t end = chunk.position_begin + tokens;
+    if (tokens == 0 || chunk.cache == nullptr) {
+      return absl::InvalidArgumentError("a chunk needs at least one token and a cache");
+    }
+    if (chunk.position_begin != chunk.cache->num_tokens()) {
+      return absl::InvalidArgumentError(absl::StrCat("chunk begins at position ",
+                                                     chunk.position_begin, ", the cache holds ",
+                                                     chunk.cache->num_tokens(), " tokens"));
+    }
+    const int64_t limit =
+        std::min(chunk.cache->capacity_tokens(), model_.config->max_position_embeddings);
+    if (end > limit || chunk.prompt_tokens < end) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("chunk ends at position ", end, ", allowed: at most ",
+                       std::min(limit, chunk.prompt_tokens), " (cache and model hold ", limit,
+                       ", the prompt ", chunk.prompt_tokens, ")"));
+    }
+    const kv::KvLayout& layout = chunk.cache->layout();
+    const kv::KvLayout& own = *model_.kv_layout;
+    if (layout.num_layers != own.num_layers || layout.num_kv_heads != own.num_kv_heads ||
+        layout.head_dim != own.head_dim || layout.dtype != own.dtype) {
+      return absl::FailedPreconditionError("the cache was made for another model");
+    }
+    if (needs_logits && chunk.cache->vertical_logits(0) == nullptr) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "method ", options.method->name(), " needs a cache with room for indexer logits"));
+    }
+    for (const int32_t id : chunk.ids) {
+      if (id < 0 || id >= model_.config->vocab_size) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("token id ", id, " is not in 0 to ", model_.config->vocab_size - 1));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ForwardPass::PrepareBuffers(absl::Span<const SequenceChunk> batch) {
+  total_rows_ = 0;
+  for (const SequenceChunk& chunk : batch) total_rows_ += chunk.ids.size();
+  if (total_rows_ <= capacity_rows_) return absl::OkStatus();
+  // The old buffers may be in use by enqueued work.
+  VSP_RETURN_IF_ERROR(model_.backend->Synchronize());
+  const ModelConfig& config = *model_.config;
+  const int64_t mlp_rows =
+      std::min(total_rows_,
+               model_.backend->device() == kernels::DeviceKind::kCpu ? kCpuMlpRows : kCudaMlpRows);
+  const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
+  const int64_t qkv_width = q_width + int64_t{2} * config.num_kv_heads * config.head_dim;
+  capacity_rows_ = 0;
+  const auto make = [&](Buffer& buffer, int64_t rows, int64_t width) -> absl::Status {
+    buffer.Reset();  // before the new one is made: both need not fit
+    VSP_ASSIGN_OR_RETURN(buffer, Buffer::Create(model_.backend->allocator(),
+                                                rows * width * kernels::SizeOf(dtype_)));
+    return absl::OkStatus();
+  };
+  VSP_RETURN_IF_ERROR(make(residual_, total_rows_, config.hidden_size));
+  VSP_RETURN_IF_ERROR(make(normed_, total_rows_, config.hidden_size));
+  VSP_RETURN_IF_ERROR(make(delta_, total_rows_, config.hidden_size));
+  VSP_RETURN_IF_ERROR(make(qkv_, total_rows_, qkv_width));
+  VSP_RETURN_IF_ERROR(make(attended_, total_rows_, q_width));
+  VSP_RETURN_IF_ERROR(make(gate_up_, mlp_rows, int64_t{2} * config.intermediate_size));
+  VSP_RETURN_IF_ERROR(make(gated_, mlp_rows, config.intermediate_size));
+  capacity_rows_ = total_rows_;
+  return absl::OkStatus();
+}
+
+absl::Status ForwardPass::PrepareRope(int64_t positions) {
+  if (positions <= rope_.size()) return absl::OkStatus();
+  VSP_RETURN_IF_ERROR(TorchGuard("RoPE tables", [&] {
+    rope_.Grow(
+        std::min(std::max(positions, 2 * rope_.size()), model_.config->max_position_embeddings));
+    return absl::OkStatus();
+  }));
+  cos_ = rope_.cos();
+  sin_ = rope_.sin();
+  if (model_.backend->device() == kernels::DeviceKind::kCpu) return absl::OkStatus();
+  VSP_RETURN_IF_ERROR(model_.backend->Synchronize());
+  const int64_t bytes = rope_.size() * model_.config->head_dim / 2 * sizeof(float);
+  for (auto [buffer, table] : {std::make_pair(&device_cos_, &cos_), {&device_sin_, &sin_}}) {
+    VSP_ASSIGN_OR_RETURN(*buffer, Buffer::Create(model_.backend->allocator(), bytes));
+    VSP_RETURN_IF_ERROR(model_.backend->Upload(*table, bytes, buffer->data()));
+    *table = static_cast<const float*>(buffer->data());
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ForwardPass::RunLayer(int layer, absl::Span<const SequenceChunk> batch,
+                                   const ForwardOptions& options, ForwardResult* result) {
+  const ModelConfig& config = *model_.config;
+  const LayerWeights& weights = model_.weights->layers[layer];
+  const int64_t hidden = config.hidden_size;
+  const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
+  const int64_t qkv_width = q_width + int64_t{2} * config.num_kv_heads * config.head_dim;
+  VSP_RETURN_IF_ERROR(Linear(normed_.data(), weights.qkv, weights.qkv_bias, total_rows_, hidden,
+                             qkv_width, qkv_.data()));
+  VSP_RETURN_IF_ERROR(AppendKv(layer, batch));
+
+  const bool timed = model_.backend->device() == kernels::DeviceKind::kCpu;
+  const double begin = Seconds();
+  if (options.method->needs_indexer_logits()) VSP_RETURN_IF_ERROR(ScoreTokens(layer, batch));
+  const double scored = Seconds();
+  VSP_RETURN_IF_ERROR(Attend(layer, batch, options));
+  if (timed) {
+    result->indexer_seconds += scored - begin;
+    result->attention_seconds += Seconds() - scored;
+  }
+
+  VSP_RETURN_IF_ERROR(Linear(attended_.data(), weights.o, weights.o_bias, total_rows_, q_width,
+                             hidden, delta_.data()));
+  VSP_RETURN_IF_ERROR(Norm(weights.post_norm.data(), 0, total_rows_, /*add_delta=*/true));
+  VSP_RETURN_IF_ERROR(Mlp(weights));
+  // The norm after the last layer runs where logits are wanted, on their rows only.
+  if (layer + 1 == config.num_layers) return absl::OkStatus();
+  return Norm(model_.weights->layers[layer + 1].input_norm.data(), 0, total_rows_,
+              /*add_delta=*/true);
+}
+
+absl::Status ForwardPass::AppendKv(int layer, absl::Span<const SequenceChunk> batch) {
+  const ModelConfig& config = *model_.config;
+  const LayerWeights& weights = model_.weights->layers[layer];
+  int64_t row = 0;
+  for (const SequenceChunk& chunk : batch) {
+    kernels::QkvRopeAppendArgs args;
+    args.qkv =
+        Row(qkv_, row, int64_t{config.num_q_heads + 2 * config.num_kv_heads} * config.head_dim);
+    args.tokens = chunk.ids.size();
+    args.num_q_heads = config.num_q_heads;
+    args.num_kv_heads = config.num_kv_heads;
+    args.head_dim = config.head_dim;
+    args.q_norm = weights.q_norm.data();
+    args.k_norm = weights.k_norm.data();
+    args.norm_eps = config.rms_norm_eps;
+    args.cos = cos_;
+    args.sin = sin_;
+    args.position_begin = chunk.position_begin;
+    args.k_cache = chunk.cache->k(layer);
+    args.v_cache = chunk.cache->v(layer);
+    args.cache_head_stride = chunk.cache->head_stride();
+    args.dtype = dtype_;
+    VSP_RETURN_IF_ERROR(FromKernelStatus(
+        model_.kernels->qkv_rope_append(args, model_.backend->stream()), "qkv_rope_append"));
+    row += args.tokens;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ForwardPass::ScoreTokens(int layer, absl::Span<const SequenceChunk> batch) {
+  for (const SequenceChunk& chunk : batch) {
+    kernels::IndexerInput input;
+    input.k = chunk.cache->k(layer);
+    input.v = chunk.cache->v(layer);
+    input.head_stride = chunk.cache->head_stride();
+    input.token_stride = model_.config->head_dim;
+    input.dtype = dtype_;
+    input.token_begin = chunk.position_begin;
+    input.token_end = chunk.position_begin + static_cast<int64_t>(chunk.ids.size());
+    input.vertical_logits = chunk.cache->vertical_logits(layer);
+    input.slash_logits = chunk.cache->slash_logits(layer);
+    input.logit_stride = chunk.cache->capacity_tokens();
+    VSP_RETURN_IF_ERROR(FromKernelStatus(
+        model_.kernels->indexer(model_.indexer->layer(layer), input, model_.backend->stream()),
+        "indexer"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ForwardPass::Attend(int layer, absl::Span<const SequenceChunk> batch,
+                                 const ForwardOptions& options) {
+  const ModelConfig& config = *model_.config;
+  const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
+  const int64_t qkv_width = q_width + int64_t{2} * config.num_kv_heads * config.head_dim;
+  const bool with_logits = options.method->needs_indexer_logits();
+  std::vector<attention::SequenceCall> sequences;
+  int64_t row = 0;
+  for (const SequenceChunk& chunk : batch) {
+    attention::SequenceCall call;
+    kernels::AttentionSequence& sequence = call.attention;
+    sequence.q_tokens = chunk.ids.size();
+    sequence.kv_tokens = chunk.position_begin + sequence.q_tokens;
+    sequence.q = Row(qkv_, row, qkv_width);
+    sequence.q_token_stride = qkv_width;
+    sequence.q_head_stride = config.head_dim;
+    sequence.k = chunk.cache->k(layer);
+    sequence.v = chunk.cache->v(layer);
+    sequence.kv_head_stride = chunk.cache->head_stride();
+    sequence.kv_token_stride = config.head_dim;
+    sequence.out = Row(attended_, row, q_width);
+    sequence.out_token_stride = q_width;
+    sequence.out_head_stride = config.head_dim;
+    call.prompt_tokens = chunk.prompt_tokens;
+    if (with_logits) {
+      call.vertical_logits = chunk.cache->vertical_logits(layer);
+      call.slash_logits = chunk.cache->slash_logits(layer);
+      call.logit_stride = chunk.cache->capacity_tokens();
+    }
+    if (chunk.counts != nullptr) call.counts = chunk.counts + layer;
+    sequences.push_back(call);
+    row += sequence.q_tokens;
+  }
+  attention::AttentionCall call;
+  call.layer = layer;
+  call.shape.num_q_heads = config.num_q_heads;
+  call.shape.num_kv_heads = config.num_kv_heads;
+  call.shape.head_dim = config.head_dim;
+  call.shape.dtype = dtype_;
+  call.shape.scale = 1.0f / std::sqrt(static_cast<float>(config.head_dim));
+  call.sequences = absl::MakeSpan(sequences);
+  call.stream = model_.backend->stream();
+  return options.method->Attend(call);
+}
+
+absl::Status ForwardPass::Mlp(const LayerWeights& weights) {
+  const int64_t hidden = model_.config->hidden_size;
+  const int64_t inner = model_.config->intermediate_size;
+  const int64_t block =
+      gated_.bytes() / (inner * kernels::SizeOf(dtype_));  // rows that the buffers hold
+  for (int64_t row = 0; row < total_rows_; row += block) {
+    const int64_t rows = std::min(block, total_rows_ - row);
+    VSP_RETURN_IF_ERROR(Linear(Row(normed_, row, hidden), weights.gate_up, weights.gate_up_bias,
+                               rows, hidden, 2 * inner, gate_up_.data()));
+    VSP_RETURN_IF_ERROR(FromKernelStatus(
+        model_.kernels->silu_mul({gate_up_.data(), gated_.data(), rows, inner, dtype_},
+                                 model_.backend->stream()),
+        "silu_mul"));
+    VSP_RETURN_IF_ERROR(Linear(gated_.data(), weights.down, weights.down_bias, rows, inner, hidden,
+                               Row(delta_, row, hidden)));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ForwardPass::LastLogits(absl::Span<const SequenceChunk> batch, ForwardResult* result) {
+  const int64_t hidden = model_.config->hidden_size;
+  const int64_t vocab = model_.config->vocab_size;
+  if (logits_.bytes() < vocab * kernels::SizeOf(dtype_)) {
+    VSP_ASSIGN_OR_RETURN(
+        logits_, Buffer::Create(model_.backend->allocator(), vocab * kernels::SizeOf(dtype_)));
+  }
+  int64_t row = 0;
+  for (const SequenceChunk& chunk : batch) {
+    row += chunk.ids.size();
+    VSP_RETURN_IF_ERROR(Norm(model_.weights->final_norm.data(), row - 1, 1, /*add_delta=*/true));
+    VSP_RETURN_IF_ERROR(
+        model_.backend->Linear({Row(normed_, row - 1, hidden), model_.weights->head(), nullptr,
+                                logits_.data(), 1, hidden, vocab, dtype_}));
+    result->logits.emplace_back(vocab);
+    VSP_RETURN_IF_ERROR(
+        model_.backend->ToHostFloat(logits_.data(), vocab, dtype_, result->logits.back().data()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ForwardPass::AllScores(absl::Span<const SequenceChunk> batch, ForwardResult* result) {
+  const int64_t hidden = model_.config->hidden_size;
+  const int64_t vocab = model_.config->vocab_size;
+  if (logits_.bytes() < kScoreRows * vocab * kernels::SizeOf(dtype_)) {
+    VSP_RETURN_IF_ERROR(model_.backend->Synchronize());
+    VSP_ASSIGN_OR_RETURN(logits_, Buffer::Create(model_.backend->allocator(),
+                                                 kScoreRows * vocab * kernels::SizeOf(dtype_)));
+  }
+  int64_t sequence_row = 0;
+  for (const SequenceChunk& chunk : batch) {
+    const int64_t scored = static_cast<int64_t>(chunk.ids.size()) - 1;
+    std::vector<float>& log_probs = result->log_probs.emplace_back(scored);
+    std::vector<uint8_t>& top1 = result->top1.emplace_back(scored);
+    for (int64_t begin = 0; begin < scored; begin += kScoreRows) {
+      const int64_t rows = std::min(kScoreRows, scored - begin);
+      const int64_t row = sequence_row + begin;
+      VSP_RETURN_IF_ERROR(Norm(model_.weights->final_norm.data(), row, rows, /*add_delta=*/true));
+      VSP_RETURN_IF_ERROR(
+          model_.backend->Linear({Row(normed_, row, hidden), model_.weights->head(), nullptr,
+                                  logits_.data(), rows, hidden, vocab, dtype_}));
+      VSP_RETURN_IF_ERROR(model_.backend->Score(logits_.data(), vocab, dtype_,
+                                                chunk.ids.subspan(begin + 1, rows),
+                                                log_probs.data() + begin, top1.data() + begin));
+    }
+    sequence_row += chunk.ids.size();
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ForwardPass::Linear(const void* x, const Buffer& weight, const Buffer& bias,
+                                 int64_t rows, int64_t in, int64_t out_features, void* out) {
+  return model_.backend->Linear(
+      {x, weight.data(), bias.data(), out, rows, in, out_features, dtype_});
+}
+
+absl::Status ForwardPass::Norm(const void* weight, int64_t row, int64_t rows, bool add_delta) {
+  const int64_t hidden = model_.config->hidden_size;
+  kernels::RmsNormArgs args;
+  args.residual = Row(residual_, row, hidden);
+  args.delta = add_delta ? Row(delta_, row, hidden) : nullptr;
+  args.weight = weight;
+  args.out = Row(normed_, row, hidden);
+  args.tokens = rows;
+  args.width = hidden;
+  args.eps = model_.config->rms_norm_eps;
+  args.dtype = dtype_;
+  return FromKernelStatus(model_.kernels->rms_norm(args, model_.backend->stream()), "rms_norm");
+}
+
+void* ForwardPass::Row(const Buffer& buffer, int64_t row, int64_t width) const {
+  return static_cast<char*>(buffer.data()) + row * width * kernels::SizeOf(dtype_);
+}
+
+}  // namespace vsprefill::model

@@ -1,0 +1,10 @@
+#include "absl/status/status.h"
+#include "server/model/torch_backend_cuda.h"
+
+namespace vsprefill::model {
+
+absl::StatusOr<std::unique_ptr<TorchBackend>> CreateCudaBackend() {
+  return absl::UnavailableError("this binary was built without CUDA (VSP_CUDA=OFF)");
+}
+
+}  // namespace vsprefill::model
