@@ -10,9 +10,11 @@ endif()
 enable_language(CUDA)
 # One CUDA runtime per process: torch's.
 set(CMAKE_CUDA_RUNTIME_LIBRARY None)
-# CMake 3.25 does not know C++20 for nvcc 13.
+# CMake 3.25 does not know that nvcc 13 speaks C++20.
+set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
 add_library(vsp_cuda_options INTERFACE)
 target_compile_options(vsp_cuda_options INTERFACE
-  $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 --expt-relaxed-constexpr -lineinfo -Xcompiler=-Wall>)
+  $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -lineinfo -Xcompiler=-Wall>)
 target_link_libraries(vsp_cuda_options INTERFACE ${VSP_CUDA_ROOT}/lib/libcudart.so.13)
 target_include_directories(vsp_cuda_options SYSTEM INTERFACE ${VSP_CUDA_ROOT}/include)

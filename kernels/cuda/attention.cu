@@ -1,0 +1,107 @@
+// AttentionCuda: checks shapes, describes sequences to the kernels and picks one.
+#include <algorithm>
+#include <array>
+
+#include "kernels/attention.h"
+#include "kernels/cuda/attention_kernels.h"
+#include "kernels/cuda/launch.h"
+
+namespace vsprefill::kernels {
+namespace {
+
+using cuda::AttentionBatch;
+using cuda::SequenceParams;
+
+bool Supported(const AttentionShape& shape) {
+  return shape.num_kv_heads > 0 && shape.num_q_heads > 0 &&
+         shape.num_q_heads % shape.num_kv_heads == 0 && shape.group_size() <= kPackedRows;
+}
+
+bool Supported(const AttentionShape& shape, const AttentionSequence& s) {
+  const int64_t elements = 16 / SizeOf(shape.dtype);
+  for (int64_t stride : {s.q_token_stride, s.q_head_stride, s.kv_head_stride, s.kv_token_stride,
+                         s.out_token_stride, s.out_head_stride}) {
+    if (stride % elements != 0) return false;
+  }
+  return cuda::Aligned16(s.q) && cuda::Aligned16(s.k) && cuda::Aligned16(s.v) &&
+         cuda::Aligned16(s.out) && s.q_tokens >= 0 && s.q_tokens <= s.kv_tokens &&
+         s.kv_tokens < (int64_t{1} << 30) &&
+         (s.index == nullptr || s.index->num_groups == shape.num_kv_heads);
+}
+
+SequenceParams Describe(const AttentionSequence& s, int64_t row_tile) {
+  SequenceParams p = {};
+  p.q = s.q;
+  p.k = s.k;
+  p.v = s.v;
+  p.out = s.out;
+  p.q_token_stride = s.q_token_stride;
+  p.q_head_stride = s.q_head_stride;
+  p.kv_head_stride = s.kv_head_stride;
+  p.kv_token_stride = s.kv_token_stride;
+  p.out_token_stride = s.out_token_stride;
+  p.out_head_stride = s.out_head_stride;
+  const int64_t q_start = s.kv_tokens - s.q_tokens;
+  const int64_t last_tile = (s.kv_tokens - 1) / row_tile;
+  p.q_start = static_cast<int32_t>(q_start);
+  p.kv_tokens = static_cast<int32_t>(s.kv_tokens);
+  p.first_tile = static_cast<int32_t>(q_start / row_tile);
+  p.num_tiles = static_cast<int32_t>(last_tile + 1 - p.first_tile);
+  if (s.index == nullptr) return p;
+  p.verticals = s.index->verticals;
+  p.num_verticals = s.index->num_verticals;
+  p.band_bits = s.index->band_bits;
+  p.bands = s.index->bands;
+  p.num_bands = s.index->num_bands;
+  p.vertical_stride = s.index->vertical_stride;
+  p.band_stride = s.index->band_stride;
+  p.band_list_stride = s.index->band_list_stride;
+  // Tile t is dense iff its last position, (t + 1) row_tile - 1, is at or past dense_from.
+  const int64_t first_dense =
+      std::max<int64_t>(std::max<int64_t>(s.index->dense_from, 0) / row_tile, p.first_tile);
+  p.dense_tiles = static_cast<int32_t>(std::max<int64_t>(0, last_tile + 1 - first_dense));
+  return p;
+}
+
+}  // namespace
+
+KernelStatus AttentionCuda(const AttentionShape& shape, const AttentionSequence* sequences,
+                           int num_sequences, Stream stream) {
+  if (!Supported(shape)) return KernelStatus::kUnsupportedShape;
+  AttentionBatch batch = {};
+  batch.num_groups = shape.num_kv_heads;
+  batch.group_size = shape.group_size();
+  batch.row_tile = RowTilePositions(batch.group_size);
+  batch.scale = shape.scale;
+  for (int begin = 0; begin < num_sequences; begin += cuda::kSequencesPerLaunch) {
+    const int end = std::min(num_sequences, begin + cuda::kSequencesPerLaunch);
+    // The longest sequence first: its late tiles are the heaviest items of the launch.
+    std::array<const AttentionSequence*, cuda::kSequencesPerLaunch> order;
+    int count = 0;
+    for (int i = begin; i < end; ++i) {
+      if (!Supported(shape, sequences[i])) return KernelStatus::kUnsupportedShape;
+      if (sequences[i].q_tokens > 0) order[count++] = &sequences[i];
+    }
+    std::stable_sort(order.begin(), order.begin() + count,
+                     [](const auto* a, const auto* b) { return a->kv_tokens > b->kv_tokens; });
+    int64_t items = 0;
+    for (int i = 0; i < count; ++i) {
+      batch.sequences[i] = Describe(*order[i], batch.row_tile);
+      batch.sequences[i].item_begin = static_cast<int32_t>(items);
+      items += int64_t{batch.sequences[i].num_tiles} * batch.num_groups;
+    }
+    batch.num_sequences = count;
+    if (items == 0) continue;
+    if (items > INT32_MAX) return KernelStatus::kUnsupportedShape;
+    const int num_items = static_cast<int>(items);
+    const cudaStream_t cuda_stream = cuda::AsCuda(stream);
+    const KernelStatus status =
+        shape.dtype == DType::kBF16
+            ? cuda::LaunchAttentionBf16(batch, num_items, shape.head_dim, cuda_stream)
+            : cuda::LaunchAttentionF32(batch, num_items, shape.head_dim, cuda_stream);
+    if (status != KernelStatus::kOk) return status;
+  }
+  return KernelStatus::kOk;
+}
+
+}  // namespace vsprefill::kernels

@@ -1,0 +1,19 @@
+// Launchers behind AttentionCuda, one per dtype. A launcher for another architecture (Hopper's
+// wgmma) slots in here: AttentionCuda picks by dtype, shape and device.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/attention_params.cuh"
+
+namespace vsprefill::kernels::cuda {
+
+/// Tensor cores, head_dim 16, 32, 64, 80, 96 or 128. All pointers 16-byte aligned, all strides
+/// multiples of 8 elements.
+KernelStatus LaunchAttentionBf16(const AttentionBatch& batch, int num_items, int head_dim,
+                                 cudaStream_t stream);
+/// SIMT, plain float32 arithmetic, head_dim 16, 32, 64, 80, 96 or 128, strides multiples of 4.
+KernelStatus LaunchAttentionF32(const AttentionBatch& batch, int num_items, int head_dim,
+                                cudaStream_t stream);
+
+}  // namespace vsprefill::kernels::cuda
