@@ -1,0 +1,22 @@
+"""Paths and shared fixtures of the Python tests. They run from a set-up tree (deploy/local/setup.sh)."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "client/python"), str(Path(__file__).resolve().parent)]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session")
+def model_dir():
+    return ROOT / "models/SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="session")
+def fixtures_dir():
+    return ROOT / "models/fixtures"
