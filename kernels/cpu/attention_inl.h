@@ -45,7 +45,8 @@ VSP_INLINE const void* Row(const void* base, int64_t element) {
   return static_cast<const char*>(base) + element * (kDType == DType::kF32 ? 4 : 2);
 }
 
-template <class Words, DType kDType>
+/// Packs the listed keys, and with kValues the values, into the tile's buffers.
+template <class Words, DType kDType, bool kValues>
 VSP_INLINE void PackColumns(const AttentionTile& tile, const ColumnBatch& batch, int head_dim) {
   auto* keys = static_cast<uint32_t*>(tile.key_tile);
   auto* values = static_cast<uint32_t*>(tile.value_tile);
@@ -61,7 +62,9 @@ VSP_INLINE void PackColumns(const AttentionTile& tile, const ColumnBatch& batch,
                                 keys + (c + i) * words);
       value_rows[i] = padding ? kZeros : Row<kDType>(batch.v, element);
     }
-    if constexpr (Words::kPerWord == 1) {
+    if constexpr (!kValues) {
+      continue;
+    } else if constexpr (Words::kPerWord == 1) {
       PackKeyRow<Words, kDType>(value_rows[0], head_dim, values + c * head_dim);
     } else {
 #ifdef __AVX512BF16__
@@ -75,33 +78,20 @@ VSP_INLINE void PackColumns(const AttentionTile& tile, const ColumnBatch& batch,
   }
 }
 
-/// Vectors of the next lane block where `left` remain: 8 = 4 + 4, 7 = 4 + 3, 6 = 3 + 3, 5 = 3 + 2,
-/// so that no block has one vector where it can be avoided. Queries and sums are stored block by
-/// block.
-VSP_INLINE int BlockVectors(int left) {
-  if (kMaxBlockVectors == 1) return 1;
-  return left >= 7 ? 4 : left >= 5 ? 3 : left;
-}
-
 /// Words of a packed row, rounded up to what TransposeWords writes.
 VSP_INLINE int64_t PaddedWords(int words) { return (words + 15) / 16 * 16; }
 
-/// Scores, probabilities and output sums of the packed columns for 16 * kVectors lanes.
-template <class Words, bool kPrecise, bool kMasked, int kDim, int kVectors>
-VSP_INLINE void LaneBlock(const AttentionTile& tile, const ColumnBatch& batch, int first_lane) {
-  constexpr int kRows = RegisterRows<kVectors>();
+/// Scores of the packed columns for 16 * kVectors lanes, to tile.scores; `top` gets their maxima.
+template <class Words, bool kMasked, int kDim, int kVectors>
+VSP_INLINE void ScoreBlock(const AttentionTile& tile, const ColumnBatch& batch, int first_lane,
+                           V16 (&top)[kVectors]) {
   constexpr int kStride = 16 * kVectors;  // lanes of the block
-  const int head_dim = kDim != 0 ? kDim : tile.head_dim;
-  const int words = head_dim / Words::kPerWord;
+  const int words = (kDim != 0 ? kDim : tile.head_dim) / Words::kPerWord;
   const auto* keys = static_cast<const uint32_t*>(tile.key_tile);
-  const auto* values = static_cast<const uint32_t*>(tile.value_tile);
   const float* query = static_cast<const float*>(tile.query) + first_lane * PaddedWords(words);
-  float* sum_out = tile.sum_out + first_lane * head_dim;
   float* scores = tile.scores;
-
-  V16 top[kVectors];
   for (int v = 0; v < kVectors; ++v) top[v] = Set1(-__builtin_inff());
-  ForRowBlocks<kRows>(batch.count, [&]<int kM>(int c) VSP_LAMBDA_INLINE {
+  ForRowBlocks<RegisterRows<kVectors>()>(batch.count, [&]<int kM>(int c) VSP_LAMBDA_INLINE {
     V16 acc[kM][kVectors];
 #pragma GCC unroll 16
     for (int m = 0; m < kM; ++m) {
@@ -122,7 +112,20 @@ VSP_INLINE void LaneBlock(const AttentionTile& tile, const ColumnBatch& batch, i
       }
     }
   });
+}
 
+/// Scores, probabilities and output sums of the packed columns for 16 * kVectors lanes.
+template <class Words, bool kPrecise, bool kMasked, int kDim, int kVectors>
+VSP_INLINE void LaneBlock(const AttentionTile& tile, const ColumnBatch& batch, int first_lane) {
+  constexpr int kRows = RegisterRows<kVectors>();
+  constexpr int kStride = 16 * kVectors;  // lanes of the block
+  const int head_dim = kDim != 0 ? kDim : tile.head_dim;
+  const auto* values = static_cast<const uint32_t*>(tile.value_tile);
+  float* sum_out = tile.sum_out + first_lane * head_dim;
+  const float* scores = tile.scores;
+
+  V16 top[kVectors];
+  ScoreBlock<Words, kMasked, kDim, kVectors>(tile, batch, first_lane, top);
   const V16 scale = Set1(tile.scale_log2);
   bool raise = false;
   V16 reference[kVectors];
@@ -196,17 +199,10 @@ VSP_INLINE void LaneBlock(const AttentionTile& tile, const ColumnBatch& batch, i
 template <class Words, DType kDType, bool kMasked, int kDim>
 void Columns(const AttentionTile& tile, const ColumnBatch& batch) {
   constexpr bool kPrecise = kDType == DType::kF32;
-  PackColumns<Words, kDType>(tile, batch, kDim != 0 ? kDim : tile.head_dim);
-  int take;
-  for (int first = 0; first < tile.lanes; first += 16 * take) {
-    take = BlockVectors((tile.lanes - first) / 16);
-    if constexpr (kMaxBlockVectors == 4) {
-      if (take == 4) LaneBlock<Words, kPrecise, kMasked, kDim, 4>(tile, batch, first);
-      if (take == 3) LaneBlock<Words, kPrecise, kMasked, kDim, 3>(tile, batch, first);
-      if (take == 2) LaneBlock<Words, kPrecise, kMasked, kDim, 2>(tile, batch, first);
-    }
-    if (take == 1) LaneBlock<Words, kPrecise, kMasked, kDim, 1>(tile, batch, first);
-  }
+  PackColumns<Words, kDType, true>(tile, batch, kDim != 0 ? kDim : tile.head_dim);
+  ForLaneBlocks(tile.lanes, [&]<int kVectors>(int first) {
+    LaneBlock<Words, kPrecise, kMasked, kDim, kVectors>(tile, batch, first);
+  });
 }
 
 template <class Words, DType kDType, bool kMasked>

@@ -53,6 +53,18 @@ struct ColumnBatch {
   bool masked = false;               // some row may not see some column
 };
 
+/// Tokens [token, token + count) of one KV group.
+inline constexpr int kIndexerTokens = 64;
+struct IndexerTask {
+  const IndexerLayer* layer = nullptr;
+  const IndexerInput* input = nullptr;
+  int group = 0;
+  int64_t token = 0;
+  int count = 0;                     // 1..kIndexerTokens
+  float* vertical_logits = nullptr;  // [count]; the slash prior is not added
+  float* slash_logits = nullptr;
+};
+
 struct IsaKernels {
   /// Packs the query rows and clears the sums. `query_rows`: [rows] pointers.
   void (*attention_begin)(const AttentionTile& tile, const void* const* query_rows);
@@ -61,6 +73,11 @@ struct IsaKernels {
   void (*attention_merge)(const AttentionTile* partials, int count);
   /// out row r = sum_out[.][r] / sum[r], rounded to the dtype.
   void (*attention_finish)(const AttentionTile& tile, void* const* out_rows);
+  void (*indexer)(const IndexerTask& task);
+  /// One token each.
+  void (*rms_norm)(const RmsNormArgs& args, int64_t token);
+  void (*qkv_rope_append)(const QkvRopeAppendArgs& args, int64_t token);
+  void (*silu_mul)(const SiluMulArgs& args, int64_t token);
 };
 
 const IsaKernels& Avx2Kernels();

@@ -5,6 +5,8 @@
 // The includer has chosen an instruction set: vec_*_inl.h comes first.
 #include <cstdint>
 
+#include "kernels/tensor_view.h"
+
 namespace vsprefill::kernels::cpu {
 namespace {
 
@@ -19,6 +21,29 @@ constexpr int RegisterRows() {
 }
 /// Lane vectors that a block may have.
 constexpr int kMaxBlockVectors = kVectorRegisters == 32 ? 4 : 1;
+
+/// Vectors of the next lane block where `left` remain: 8 = 4 + 4, 7 = 4 + 3, 6 = 3 + 3, 5 = 3 + 2,
+/// so that no block has one vector where it can be avoided. Queries and sums are stored block by
+/// block.
+VSP_INLINE int BlockVectors(int left) {
+  if (kMaxBlockVectors == 1) return 1;
+  return left >= 7 ? 4 : left >= 5 ? 3 : left;
+}
+
+/// Calls body.template operator()<vectors>(first lane) for each lane block.
+template <class Body>
+VSP_INLINE void ForLaneBlocks(int lanes, const Body& body) {
+  int take;
+  for (int first = 0; first < lanes; first += 16 * take) {
+    take = BlockVectors((lanes - first) / 16);
+    if constexpr (kMaxBlockVectors == 4) {
+      if (take == 4) body.template operator()<4>(first);
+      if (take == 3) body.template operator()<3>(first);
+      if (take == 2) body.template operator()<2>(first);
+    }
+    if (take == 1) body.template operator()<1>(first);
+  }
+}
 
 /// acc[m][v] += over k of A and B. Strides in words.
 template <class Words, int kRows, int kVectors>
@@ -41,7 +66,7 @@ VSP_INLINE void MultiplyBlock(const uint32_t* a, int64_t row_stride, int64_t k_s
   }
 }
 
-/// Calls body.template operator()<kRows>(m) for register blocks that cover [0, rows); rows is even.
+/// Calls body.template operator()<kRows>(m) for register blocks that cover [0, rows).
 template <int kRows, class Body>
 VSP_INLINE void ForRowBlocks(int rows, const Body& body) {
   int m = 0;
@@ -52,7 +77,8 @@ VSP_INLINE void ForRowBlocks(int rows, const Body& body) {
   if constexpr (kRows > 4) {
     for (; m + 4 <= rows; m += 4) body.template operator()<4>(m);
   }
-  for (; m < rows; m += 2) body.template operator()<2>(m);
+  for (; m + 2 <= rows; m += 2) body.template operator()<2>(m);
+  if (m < rows) body.template operator()<1>(m);
 }
 
 /// 2^x, relative error 7.5e-5 (kPrecise: 1e-7). x is clamped to [-120, 127]: what would be smaller
@@ -76,6 +102,51 @@ VSP_INLINE V16 Exp2(V16 x) {
     p = Fma(f, p, Set1(0x1.fff692p-1f));
   }
   return ScaleByPowerOf2(p, shifted);
+}
+
+/// x * sigmoid(x).
+template <bool kPrecise>
+VSP_INLINE V16 Silu(V16 x) {
+  // exp(-x) is cut at 2^126, where the result is 0 for all purposes.
+  const V16 e = Exp2<kPrecise>(Min(Mul(x, Set1(-1.44269504f)), Set1(126.0f)));
+  const V16 denominator = Add(Set1(1.0f), e);
+  if constexpr (kPrecise) return Div(x, denominator);
+  return Mul(x, Reciprocal(denominator));
+}
+
+/// Elements [p, p + count), count <= 16, the rest zero.
+template <DType kDType>
+VSP_INLINE V16 LoadElements(const void* base, int64_t first, int64_t count = 16) {
+  if constexpr (kDType == DType::kF32) {
+    const float* p = static_cast<const float*>(base) + first;
+    if (count >= 16) return Load(p);
+    alignas(64) float part[16] = {};
+    for (int64_t i = 0; i < count; ++i) part[i] = p[i];
+    return Load(part);
+  } else {
+    const uint16_t* p = static_cast<const uint16_t*>(base) + first;
+    if (count >= 16) return LoadBF16(p);
+    alignas(64) uint16_t part[16] = {};
+    for (int64_t i = 0; i < count; ++i) part[i] = p[i];
+    return LoadBF16(part);
+  }
+}
+
+template <DType kDType>
+VSP_INLINE void StoreElements(void* base, int64_t first, V16 x, int64_t count = 16) {
+  if constexpr (kDType == DType::kF32) {
+    float* p = static_cast<float*>(base) + first;
+    if (count >= 16) return Store(p, x);
+    alignas(64) float part[16];
+    Store(part, x);
+    for (int64_t i = 0; i < count; ++i) p[i] = part[i];
+  } else {
+    uint16_t* p = static_cast<uint16_t*>(base) + first;
+    if (count >= 16) return StoreBF16(p, x);
+    alignas(64) uint16_t part[16];
+    StoreBF16(part, x);
+    for (int64_t i = 0; i < count; ++i) p[i] = part[i];
+  }
 }
 
 }  // namespace

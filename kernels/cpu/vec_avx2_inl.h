@@ -30,6 +30,14 @@ VSP_INLINE V16 Sub(V16 a, V16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub
 VSP_INLINE V16 Mul(V16 a, V16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 VSP_INLINE V16 Div(V16 a, V16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
 VSP_INLINE V16 Max(V16 a, V16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+VSP_INLINE V16 Min(V16 a, V16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+/// 1 / a, relative error below 1e-4: the estimate and one Newton step.
+VSP_INLINE V16 Reciprocal(V16 a) {
+  const V16 x = {_mm256_rcp_ps(a.lo), _mm256_rcp_ps(a.hi)};
+  const V16 error = {_mm256_fnmadd_ps(a.lo, x.lo, _mm256_set1_ps(2.0f)),
+                     _mm256_fnmadd_ps(a.hi, x.hi, _mm256_set1_ps(2.0f))};
+  return Mul(x, error);
+}
 VSP_INLINE V16 Fma(V16 a, V16 b, V16 c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }

@@ -27,6 +27,9 @@ VSP_INLINE V16 Sub(V16 a, V16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 VSP_INLINE V16 Mul(V16 a, V16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 VSP_INLINE V16 Div(V16 a, V16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 VSP_INLINE V16 Max(V16 a, V16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+VSP_INLINE V16 Min(V16 a, V16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+/// 1 / a, relative error below 1e-4.
+VSP_INLINE V16 Reciprocal(V16 a) { return {_mm512_rcp14_ps(a.v)}; }
 VSP_INLINE V16 Fma(V16 a, V16 b, V16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 VSP_INLINE bool AnyGreater(V16 a, V16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
 /// a > b ? x : y
@@ -105,12 +108,18 @@ VSP_INLINE void TransposeWords(const uint32_t* const* rows, uint32_t* dst, int64
   }
 }
 
+/// A word of A, wherever it lies (weights in a mapped file need not be aligned).
+VSP_INLINE __m512i BroadcastWord(const uint32_t* a) {
+  int word;
+  __builtin_memcpy(&word, a, sizeof(word));
+  return _mm512_set1_epi32(word);
+}
+
 /// A word holds one float.
 struct F32Words {
   static constexpr int kPerWord = 1;
   static VSP_INLINE V16 MulAdd(V16 acc, const uint32_t* a, V16 b) {
-    return {
-        _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*a))), b.v, acc.v)};
+    return {_mm512_fmadd_ps(_mm512_castsi512_ps(BroadcastWord(a)), b.v, acc.v)};
   }
 };
 
@@ -119,8 +128,7 @@ struct F32Words {
 struct BF16Words {
   static constexpr int kPerWord = 2;
   static VSP_INLINE V16 MulAdd(V16 acc, const uint32_t* a, V16 b) {
-    return {
-        _mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_set1_epi32(static_cast<int>(*a)), (__m512bh)b.v)};
+    return {_mm512_dpbf16_ps(acc.v, (__m512bh)BroadcastWord(a), (__m512bh)b.v)};
   }
 };
 
