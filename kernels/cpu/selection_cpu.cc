@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "kernels/cpu/isa.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/selection.h"
 #include "kernels/selection_math.h"
@@ -53,8 +54,11 @@ struct Scratch {
   }
 };
 
+// The two loops over all tokens, compiled once per instruction set; all give the same integers.
+
 /// Fills `weights` and returns their sum.
-uint64_t Weights(const float* logits, int64_t n, uint64_t* weights) {
+inline __attribute__((always_inline)) uint64_t WeightsLoop(const float* logits, int64_t n,
+                                                           uint64_t* weights) {
   float max = selection::Sanitize(logits[0]);
   for (int64_t i = 1; i < n; ++i) max = std::max(max, selection::Sanitize(logits[i]));
   uint64_t sum = 0;
@@ -63,6 +67,45 @@ uint64_t Weights(const float* logits, int64_t n, uint64_t* weights) {
     sum += weights[i];
   }
   return sum;
+}
+
+/// Keys of the scores of columns [begin, end), whose local mass is `local_mass` throughout.
+inline __attribute__((always_inline)) void ColumnKeysLoop(const uint64_t* weights,
+                                                          const Geometry& g, int64_t begin,
+                                                          int64_t end, double unit,
+                                                          uint64_t local_mass, uint32_t* keys) {
+  const Geometry copy = g;  // the compiler need not fear that a key overwrites it
+  for (int64_t j = begin; j < end; ++j) {
+    keys[j] = selection::Key(selection::ColumnScore(weights[j], copy, j, unit, local_mass));
+  }
+}
+
+#define VSP_AVX512 __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw")))
+
+uint64_t WeightsBase(const float* logits, int64_t n, uint64_t* weights) {
+  return WeightsLoop(logits, n, weights);
+}
+VSP_AVX512 uint64_t WeightsAvx512(const float* logits, int64_t n, uint64_t* weights) {
+  return WeightsLoop(logits, n, weights);
+}
+uint64_t Weights(const float* logits, int64_t n, uint64_t* weights) {
+  return ActiveCpuIsa() >= CpuIsa::kAvx512 ? WeightsAvx512(logits, n, weights)
+                                           : WeightsBase(logits, n, weights);
+}
+
+void ColumnKeysBase(const uint64_t* weights, const Geometry& g, int64_t begin, int64_t end,
+                    double unit, uint64_t local_mass, uint32_t* keys) {
+  ColumnKeysLoop(weights, g, begin, end, unit, local_mass, keys);
+}
+VSP_AVX512 void ColumnKeysAvx512(const uint64_t* weights, const Geometry& g, int64_t begin,
+                                 int64_t end, double unit, uint64_t local_mass, uint32_t* keys) {
+  ColumnKeysLoop(weights, g, begin, end, unit, local_mass, keys);
+}
+void ColumnKeys(const uint64_t* weights, const Geometry& g, int64_t begin, int64_t end, double unit,
+                uint64_t local_mass, uint32_t* keys) {
+  return ActiveCpuIsa() >= CpuIsa::kAvx512
+             ? ColumnKeysAvx512(weights, g, begin, end, unit, local_mass, keys)
+             : ColumnKeysBase(weights, g, begin, end, unit, local_mass, keys);
 }
 
 /// Adds candidates [begin, end) whose key lies in [low, low + 2^bits * 2^shift) to the histogram.
@@ -135,7 +178,11 @@ class GroupSelector {
           local_mass[o] + selection::OffsetMass(scratch_.offset_weights[o], n, o, offset_unit);
     }
     const double column_unit = selection::OffsetUnit(n, column_sum_);
-    for (int64_t j = g_.sinks; j < g_.columns_end; ++j) {
+    // Only the last columns see less than the whole local band.
+    const int64_t cut = std::clamp(n - width, g_.sinks, g_.columns_end);
+    ColumnKeys(scratch_.column_weights, g_, g_.sinks, cut, column_unit, local_mass[width],
+               scratch_.column_scores);
+    for (int64_t j = cut; j < g_.columns_end; ++j) {
       scratch_.column_scores[j] = selection::Key(selection::ColumnScore(
           scratch_.column_weights[j], g_, j, column_unit, local_mass[std::min(width, n - j)]));
     }

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "gtest/gtest.h"
-#include "kernels/attention.h"
+#include "kernels/cpu/isa.h"
 #include "kernels/selection_math.h"
 
 namespace vsprefill::kernels {
@@ -272,9 +272,13 @@ TEST_P(Selection, CpuEqualsRef) {
     c.logits = MakeLogits(static_cast<Shape>(rng() % 7), c.num_groups, n, rng);
     SCOPED_TRACE(c.Describe());
     const Index ref = c.Run(SelectRef);
-    const Index cpu = c.Run(SelectCpu);
-    ExpectWellFormed(cpu, c);
-    ExpectEqual(ref, cpu, c);
+    for (CpuIsa isa : {CpuIsa::kAvx2, CpuIsa::kAvx512}) {
+      if (!SetCpuIsa(isa)) continue;
+      const Index cpu = c.Run(SelectCpu);
+      ExpectWellFormed(cpu, c);
+      ExpectEqual(ref, cpu, c);
+    }
+    SetCpuIsa(DetectCpuIsa());
     if (testing::Test::HasFailure()) return;
   }
 }
