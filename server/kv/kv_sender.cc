@@ -26,10 +26,6 @@ void KvStream::ChunkWritten() {
   mailbox_->Post([self = shared_from_this()] { --self->window_used_; });
 }
 
-void KvStream::Close() {
-  mailbox_->Post([self = shared_from_this()] { self->closed_ = true; });
-}
-
 KvSender::KvSender(KvStager& stager, const KvSenderOptions& options)
     : stager_(stager),
       options_(options),

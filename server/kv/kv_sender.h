@@ -19,8 +19,8 @@
 
 namespace vsprefill::kv {
 
-/// Takes one stream's chunks. All calls come on the sender thread and must not block. After
-/// KvStream::Close no call follows (a call that is under way may still be running).
+/// Takes one stream's chunks. All calls come on the sender thread and must not block. No call
+/// follows KvStream::Close, OnAllReleased, OnStalled or OnStageError.
 class KvSink {
  public:
   virtual ~KvSink() = default;
@@ -42,8 +42,8 @@ class KvStream : public std::enable_shared_from_this<KvStream> {
 
   /// Any thread: gRPC accepted one chunk, there is room for another.
   void ChunkWritten();
-  /// Any thread: stops the stream; the sink is let go.
-  void Close();
+  /// Sender thread: stops the stream; the sink is let go soon.
+  void Close() { closed_ = true; }
 
  private:
   friend class KvSender;
