@@ -5,13 +5,13 @@
 #   bench/gpu_all.sh [DIR]     DIR: bin/ and lib/ from bench/pack_gpu.sh, or a build folder
 #
 # Libraries of torch and CUDA are those of the python3 (or $PYTHON) that can import torch.
-# STEPS="tests memcheck racecheck synccheck bench" picks steps. Exit code 0: all that ran passed.
+# STEPS="tests base memcheck racecheck synccheck bench" picks steps. Exit code 0: all that ran passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 dir=${1:-.carry}
 out=${OUT:-gpu_out}
 python=${PYTHON:-python3}
-steps=${STEPS:-tests memcheck racecheck synccheck bench}
+steps=${STEPS:-tests base memcheck racecheck synccheck bench}
 mkdir -p "$out"
 
 torch=$("$python" -c 'import torch; print(torch.__path__[0])') || {
@@ -31,6 +31,7 @@ find_program_in() {
   done
 }
 tests=$(find_program_in cuda_kernels_test)
+base=$(find_program_in base_cuda_test)
 bench=$(find_program_in kernel_bench)
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
 
@@ -63,6 +64,7 @@ step() {
 
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm --format=csv,noheader || true
 step tests "$tests" "$tests" --gtest_brief=1
+step base "$base" "$base" --gtest_brief=1
 small=(--gtest_filter='*Small*' --gtest_brief=1)
 step memcheck "${tests:+$sanitizer}" "$sanitizer" --tool memcheck --error-exitcode 9 "$tests" "${small[@]}"
 step racecheck "${tests:+$sanitizer}" "$sanitizer" --tool racecheck --error-exitcode 9 "$tests" "${small[@]}"

@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 build=${1:-build}
 dest=${2:-.carry}
-programs=(tests/cuda_kernels_test bin/kernel_bench bin/vsprefill-server bin/vsprefill-decode
+programs=(tests/cuda_kernels_test tests/base_cuda_test bin/kernel_bench bin/vsprefill-server bin/vsprefill-decode
   bin/vsprefill bin/vsprefill-distill)
 
 rm -rf "$dest"
