@@ -49,6 +49,7 @@ absl::StatusOr<ForwardResult> ForwardPass::Run(absl::Span<const SequenceChunk> b
   VSP_RETURN_IF_ERROR(PrepareRope(positions));
 
   ForwardResult result;
+  linear_seconds_ = 0;
   VSP_RETURN_IF_ERROR(Norm(model_.weights->layers[0].input_norm.data(), 0, total_rows_,
                            /*add_delta=*/false));
   for (int layer = 0; layer < model_.config->num_layers; ++layer) {
@@ -57,6 +58,9 @@ absl::StatusOr<ForwardResult> ForwardPass::Run(absl::Span<const SequenceChunk> b
   }
   if (options.logits == LogitsMode::kLast) VSP_RETURN_IF_ERROR(LastLogits(batch, &result));
   if (options.logits == LogitsMode::kScores) VSP_RETURN_IF_ERROR(AllScores(batch, &result));
+  if (model_.backend->device() == kernels::DeviceKind::kCpu) {
+    result.linear_seconds = linear_seconds_;
+  }
   for (const SequenceChunk& chunk : batch) {
     chunk.cache->set_num_tokens(chunk.position_begin + static_cast<int64_t>(chunk.ids.size()));
   }
@@ -359,8 +363,11 @@ absl::Status ForwardPass::AllScores(absl::Span<const SequenceChunk> batch, Forwa
 
 absl::Status ForwardPass::Linear(const void* x, const Buffer& weight, const Buffer& bias,
                                  int64_t rows, int64_t in, int64_t out_features, void* out) {
-  return model_.backend->Linear(
-      {x, weight.data(), bias.data(), out, rows, in, out_features, dtype_});
+  const double begin = Seconds();
+  VSP_RETURN_IF_ERROR(
+      model_.backend->Linear({x, weight.data(), bias.data(), out, rows, in, out_features, dtype_}));
+  linear_seconds_ += Seconds() - begin;
+  return absl::OkStatus();
 }
 
 absl::Status ForwardPass::Norm(const void* weight, int64_t row, int64_t rows, bool add_delta) {

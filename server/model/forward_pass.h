@@ -64,7 +64,8 @@ class ForwardPass {
   const float* cos_ = nullptr;
   const float* sin_ = nullptr;
 
-  int64_t total_rows_ = 0;  // of this batch
+  double linear_seconds_ = 0;  // of this call, where work is done on return
+  int64_t total_rows_ = 0;     // of this batch
   int64_t capacity_rows_ = 0;
   Buffer residual_, normed_, delta_;  // [rows, hidden]
   Buffer qkv_;                        // [rows, (q_heads + 2 kv_heads) * head_dim]

@@ -68,6 +68,9 @@ class CpuBackend final : public TorchBackend {
     if (bytes > 0) std::memcpy(device, host, bytes);
     return absl::OkStatus();
   }
+  absl::Status Download(const void* device, int64_t bytes, void* host) override {
+    return Upload(device, bytes, host);
+  }
   absl::Status Synchronize() override { return absl::OkStatus(); }
 
  private:

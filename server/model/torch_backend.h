@@ -59,6 +59,8 @@ class TorchBackend {
                                    float* out) = 0;
   /// Host to device; on the CPU a plain copy. Waits until the source may be reused.
   virtual absl::Status Upload(const void* host, int64_t bytes, void* device) = 0;
+  /// Device to host after all enqueued work; done on return.
+  virtual absl::Status Download(const void* device, int64_t bytes, void* host) = 0;
   virtual absl::Status Synchronize() = 0;
 };
 

@@ -36,6 +36,12 @@ class LoadedTransformer final : public Transformer {
     return forward_->Run(batch, options);
   }
   absl::Status Synchronize() override { return backend_->Synchronize(); }
+  absl::Status CopyToHost(const void* device, int64_t bytes, void* host) override {
+    return backend_->Download(device, bytes, host);
+  }
+  absl::Status CopyToDevice(const void* host, int64_t bytes, void* device) override {
+    return backend_->Upload(host, bytes, device);
+  }
 
  private:
   absl::Status LoadIndexer(const LoadOptions& options);

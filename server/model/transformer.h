@@ -1,8 +1,10 @@
-// The transformer forward pass over a KV cache: dense linear algebra by LibTorch (hidden in the .cc), everything
-// between by our kernels. One instance per process and device; not thread-safe (engine thread).
+// The transformer forward pass over a KV cache: dense linear algebra by LibTorch (hidden in the
+// .cc), everything between by our kernels. One instance per process and device; not thread-safe
+// (engine thread).
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <string>
@@ -21,7 +23,8 @@ namespace vsprefill::model {
 
 struct LoadOptions {
   std::string model_dir;
-  std::string indexer_path;  // empty: model_dir/indexer.safetensors where it exists; "none": without
+  /// Empty: model_dir/indexer.safetensors where it exists; "none": without.
+  std::string indexer_path;
   kernels::DeviceKind device = kernels::DeviceKind::kCpu;
   kernels::DType dtype = kernels::DType::kBF16;
   int cpu_threads = 0;  // 0: all cores
@@ -42,26 +45,26 @@ struct ForwardOptions {
   attention::AttentionMethod* method = nullptr;
   LogitsMode logits = LogitsMode::kNone;
   /// Called on the engine thread after layer `layer` of the chunk was computed (CPU) or enqueued
-  /// (CUDA; the caller records an event on stream()). An error ends the forward call with it: this is where
-  /// cancellation and deadlines are checked.
+  /// (CUDA; the caller records an event on stream()). An error ends the forward call with it: this
+  /// is where cancellation and deadlines are checked.
   std::function<absl::Status(int layer)> after_layer;
 };
 
 struct ForwardResult {
   /// kLast: float32 [num_sequences][vocab_size], logits of each chunk's last token (host).
   std::vector<std::vector<float>> logits;
-  /// kScores: for token i of the chunk (but its last) the log-probability of ids[i + 1] and whether it is the
-  /// arg max, [num_sequences][tokens - 1].
+  /// kScores: for token i of the chunk (but its last) the log-probability of ids[i + 1] and whether
+  /// it is the arg max, [num_sequences][tokens - 1].
   std::vector<std::vector<float>> log_probs;
   std::vector<std::vector<uint8_t>> top1;
-  /// Seconds spent in indexer and attention (CPU only; 0 on CUDA).
-  double indexer_seconds = 0, attention_seconds = 0;
+  /// Seconds spent in indexer, attention and linear layers (CPU only; 0 on CUDA).
+  double indexer_seconds = 0, attention_seconds = 0, linear_seconds = 0;
 };
 
 class Transformer {
  public:
-  /// Loads a Hugging Face directory. INVALID_ARGUMENT: bad file or unsupported model, one clear line;
-  /// FAILED_PRECONDITION: an indexer distilled for other weights; NOT_FOUND: no such file.
+  /// Loads a Hugging Face directory. INVALID_ARGUMENT: bad file or unsupported model, one clear
+  /// line; FAILED_PRECONDITION: an indexer distilled for other weights; NOT_FOUND: no such file.
   static absl::StatusOr<std::unique_ptr<Transformer>> Load(const LoadOptions& options);
   virtual ~Transformer() = default;
 
@@ -77,12 +80,22 @@ class Transformer {
   virtual const attention::MethodContext& method_context() const = 0;
   virtual const kernels::KernelSet& kernels() const = 0;
 
-  /// Runs one chunk of each sequence, appends K, V (and logits where the method needs them) to the caches and
-  /// advances their num_tokens. All sequences share the method. On error the caches' num_tokens are unchanged.
+  /// Runs one chunk of each sequence, appends K, V (and logits where the method needs them) to the
+  /// caches and advances their num_tokens. All sequences share the method. On error the caches'
+  /// num_tokens are unchanged.
   virtual absl::StatusOr<ForwardResult> Forward(absl::Span<const SequenceChunk> batch,
                                                 const ForwardOptions& options) = 0;
   /// Waits until all enqueued work is done (no-op on the CPU). INTERNAL on a device error.
   virtual absl::Status Synchronize() = 0;
+  /// Copies between host and device memory (pair counts), after all enqueued work; done on return.
+  virtual absl::Status CopyToHost(const void* device, int64_t bytes, void* host) {
+    if (bytes > 0) std::memcpy(host, device, bytes);
+    return absl::OkStatus();
+  }
+  virtual absl::Status CopyToDevice(const void* host, int64_t bytes, void* device) {
+    if (bytes > 0) std::memcpy(device, host, bytes);
+    return absl::OkStatus();
+  }
 };
 
 }  // namespace vsprefill::model
