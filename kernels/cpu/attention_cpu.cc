@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/attention.h"
+#include "kernels/cpu/attention_tile.h"
 #include "kernels/cpu/isa_kernels.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/scratch.h"
@@ -41,23 +42,6 @@ struct Merge {
   Task task;
   int64_t first_partial = 0, count = 0;
 };
-
-int64_t PaddedHeadWords(int head_dim) { return (head_dim + 15) / 16 * 16; }
-
-void CarveWorking(Carver& carver, int head_dim, int lanes, AttentionTile* tile) {
-  tile->query = carver.Take<float>(PaddedHeadWords(head_dim) * lanes);
-  tile->positions = carver.Take<int32_t>(lanes);
-  tile->key_tile = carver.Take<float>(int64_t{kColumnTile} * head_dim);
-  tile->value_tile = carver.Take<float>(int64_t{kColumnTile} * head_dim);
-  tile->scores = carver.Take<float>(kColumnTile * cpu::kMaxBlockLanes);
-  tile->probabilities = carver.Take<float>(kColumnTile * cpu::kMaxBlockLanes);
-}
-
-void CarveSums(Carver& carver, int head_dim, int lanes, AttentionTile* tile) {
-  tile->sum_out = carver.Take<float>(int64_t{head_dim} * lanes);
-  tile->max = carver.Take<float>(lanes);
-  tile->sum = carver.Take<float>(lanes);
-}
 
 template <class T>
 T* At(T* base, int64_t element, DType dtype) {
@@ -175,17 +159,11 @@ void SplitTasks(std::vector<Task>* tasks, std::vector<Merge>* merges) {
   *tasks = std::move(pieces);
 }
 
-bool Supported(const AttentionShape& shape) {
-  return shape.num_kv_heads > 0 && shape.num_q_heads % shape.num_kv_heads == 0 &&
-         shape.group_size() <= kPackedRows && shape.head_dim % 16 == 0 && shape.head_dim > 0 &&
-         shape.head_dim <= cpu::kMaxHeadDim && shape.scale > 0;
-}
-
 }  // namespace
 
 KernelStatus AttentionCpu(const AttentionShape& shape, const AttentionSequence* sequences,
                           int num_sequences, Stream /*stream*/) {
-  if (!Supported(shape)) return KernelStatus::kUnsupportedShape;
+  if (!cpu::SupportedShape(shape)) return KernelStatus::kUnsupportedShape;
   const IsaKernels& kernels = cpu::ActiveKernels();
   static thread_local std::vector<Task> tasks;
   static thread_local cpu::Scratch partial_memory;
@@ -198,11 +176,11 @@ KernelStatus AttentionCpu(const AttentionShape& shape, const AttentionSequence* 
       merges.empty() ? 0 : merges.back().first_partial + merges.back().count);
   Carver measure(nullptr);
   for (AttentionTile& partial : partials) {
-    CarveSums(measure, shape.head_dim, cpu::kMaxLanes, &partial);
+    cpu::CarveSums(measure, shape.head_dim, cpu::kMaxLanes, &partial);
   }
   Carver carver(partial_memory.Get(measure.bytes()));
   for (AttentionTile& partial : partials) {
-    CarveSums(carver, shape.head_dim, cpu::kMaxLanes, &partial);
+    cpu::CarveSums(carver, shape.head_dim, cpu::kMaxLanes, &partial);
   }
 
   // The lambda runs on other threads, which have thread_local variables of their own.
@@ -214,13 +192,10 @@ KernelStatus AttentionCpu(const AttentionShape& shape, const AttentionSequence* 
     AttentionTile tile;
     ShapeTile(shape, task, &tile);
     Carver size(nullptr);
-    CarveWorking(size, shape.head_dim, tile.lanes, &tile);
-    CarveSums(size, shape.head_dim, tile.lanes, &tile);
+    cpu::CarveTile(size, &tile);
     Carver working(memory.Get(size.bytes()));
-    CarveWorking(working, shape.head_dim, tile.lanes, &tile);
-    if (task.partial < 0) {
-      CarveSums(working, shape.head_dim, tile.lanes, &tile);
-    } else {
+    cpu::CarveTile(working, &tile);
+    if (task.partial >= 0) {
       AttentionTile& partial = partials[task.partial];
       tile.sum_out = partial.sum_out;
       tile.max = partial.max;

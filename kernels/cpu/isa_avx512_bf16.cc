@@ -2,6 +2,7 @@
 #include "kernels/cpu/vec_avx512_inl.h"
 // The vector type comes first: the rest is written in terms of it.
 #include "kernels/cpu/attention_inl.h"
+#include "kernels/cpu/attention_sums_inl.h"
 #include "kernels/cpu/indexer_inl.h"
 #include "kernels/cpu/isa_kernels.h"
 #include "kernels/cpu/layer_ops_inl.h"
@@ -10,8 +11,8 @@ namespace vsprefill::kernels::cpu {
 
 const IsaKernels& Avx512Bf16Kernels() {
   static constexpr IsaKernels kKernels{AttentionBegin,  AttentionColumns, AttentionMerge,
-                                       AttentionFinish, IndexerTokens,    RmsNorm,
-                                       QkvRopeAppend,   SiluMul};
+                                       AttentionFinish, AttentionSums,    IndexerTokens,
+                                       RmsNorm,         QkvRopeAppend,    SiluMul};
   return kKernels;
 }
 

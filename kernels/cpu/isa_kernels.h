@@ -73,6 +73,13 @@ struct IsaKernels {
   void (*attention_merge)(const AttentionTile* partials, int count);
   /// out row r = sum_out[.][r] / sum[r], rounded to the dtype.
   void (*attention_finish)(const AttentionTile& tile, void* const* out_rows);
+  /// Distillation targets: rows of one head as lanes, consecutive columns, values unused.
+  /// column_sums null: tile.max and tile.sum become each lane's running maximum (log2 units) and
+  /// sum. Else tile.max holds each lane's log-sum-exp in log2 units, and the probabilities are
+  /// added to column_sums [batch.count] and to diagonal_sums, indexed by position - column, which
+  /// must have 128 writable elements on either side of the valid offsets.
+  void (*attention_sums)(const AttentionTile& tile, const ColumnBatch& batch, float* column_sums,
+                         float* diagonal_sums);
   void (*indexer)(const IndexerTask& task);
   /// One token each.
   void (*rms_norm)(const RmsNormArgs& args, int64_t token);
