@@ -5,13 +5,13 @@
 #   bench/gpu_all.sh [DIR]     DIR: bin/ and lib/ from bench/pack_gpu.sh, or a build folder
 #
 # Libraries of torch and CUDA are those of the python3 (or $PYTHON) that can import torch.
-# STEPS="tests base memcheck racecheck synccheck bench" picks steps. Exit code 0: all that ran passed.
+# STEPS="tests base memcheck racecheck synccheck bench torch" picks steps. Exit code 0: all that ran passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 dir=${1:-.carry}
 out=${OUT:-gpu_out}
 python=${PYTHON:-python3}
-steps=${STEPS:-tests base memcheck racecheck synccheck bench}
+steps=${STEPS:-tests base memcheck racecheck synccheck bench torch}
 mkdir -p "$out"
 
 torch=$("$python" -c 'import torch; print(torch.__path__[0])') || {
@@ -70,7 +70,10 @@ step memcheck "${tests:+$sanitizer}" "$sanitizer" --tool memcheck --error-exitco
 step racecheck "${tests:+$sanitizer}" "$sanitizer" --tool racecheck --error-exitcode 9 "$tests" "${small[@]}"
 step synccheck "${tests:+$sanitizer}" "$sanitizer" --tool synccheck --error-exitcode 9 "$tests" "${small[@]}"
 step bench "$bench" "$bench" --json "$out/kernel_bench.json"
-if [[ -f $out/bench.log ]]; then cat "$out/bench.log"; fi
+step torch "$python" "$python" bench/torch_reference.py --json "$out/torch_reference.json"
+for log in bench torch; do
+  if [[ " $steps " == *" $log "* && -f $out/$log.log ]]; then cat "$out/$log.log"; fi
+done
 
 echo
 printf '%-10s %-12s %s\n' step result notes

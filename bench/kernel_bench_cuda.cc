@@ -1,0 +1,492 @@
+// Times the CUDA kernels with device events: median of many runs, L2 flushed before each, random
+// inputs. Prints a table; --json writes the same figures to a file.
+//
+// TFLOP/s of attention: 4 * head_dim * pairs / time; "useful" counts the pairs that enter a softmax
+// (density * n (n + 1) / 2 per query head), "visited" those that the kernel multiplies (padding of
+// the row tile and masked parts of tiles included).
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "absl/flags/flag.h"
+#include "absl/flags/parse.h"
+#include "absl/flags/usage.h"
+#include "kernels/kernel_set.h"
+
+ABSL_FLAG(std::string, json, "", "also write the figures to this file, as a JSON array");
+ABSL_FLAG(double, seconds, 0.4, "time spent on each figure");
+ABSL_FLAG(int64_t, max_tokens, 131072, "leave out longer sequences");
+ABSL_FLAG(std::string, filter, "", "run only figures whose name contains this");
+
+namespace vsprefill::kernels {
+namespace {
+
+void Check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "kernel_bench: %s: %s\n", what, cudaGetErrorString(error));
+  std::exit(1);
+}
+
+void Check(KernelStatus status, const std::string& what) {
+  if (status == KernelStatus::kOk) return;
+  std::fprintf(stderr, "kernel_bench: %s: kernel status %d\n", what.c_str(),
+               static_cast<int>(status));
+  std::exit(1);
+}
+
+/// Device memory for the life of the program's current figure group.
+class Memory {
+ public:
+  explicit Memory(int64_t bytes) : bytes_(bytes) {
+    Check(cudaMalloc(&data_, std::max<int64_t>(bytes, 1)), "cudaMalloc");
+  }
+  template <typename T>
+  explicit Memory(const std::vector<T>& host)
+      : Memory(static_cast<int64_t>(host.size() * sizeof(T))) {
+    Check(cudaMemcpy(data_, host.data(), bytes_, cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  Memory(const Memory&) = delete;
+  ~Memory() { cudaFree(data_); }
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+  /// Random bf16 of about unit size: a few random MiB on the host, repeated on the device.
+  void FillBf16(unsigned seed) {
+    std::mt19937 rng(seed);
+    std::normal_distribution<float> normal;
+    const int64_t period = std::min<int64_t>(bytes_, 6 << 20);
+    std::vector<uint16_t> host(period / 2);
+    for (uint16_t& x : host) {
+      const float value = normal(rng);
+      uint32_t bits;
+      static_assert(sizeof(bits) == sizeof(value));
+      std::memcpy(&bits, &value, sizeof(bits));
+      x = static_cast<uint16_t>(bits >> 16);
+    }
+    for (int64_t at = 0; at < bytes_; at += period) {
+      Check(cudaMemcpy(as<char>() + at, host.data(), std::min(period, bytes_ - at),
+                       cudaMemcpyHostToDevice),
+            "cudaMemcpy");
+    }
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t bytes_;
+};
+
+struct Figure {
+  std::string name;
+  double milliseconds = 0, p10 = 0, p90 = 0;
+  int runs = 0;
+  std::vector<std::pair<std::string, double>> values;
+};
+
+class Bench {
+ public:
+  Bench() : flush_(256 << 20) {
+    Check(cudaEventCreate(&begin_), "cudaEventCreate");
+    Check(cudaEventCreate(&end_), "cudaEventCreate");
+    Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+  }
+
+  bool Wanted(const std::string& name) const {
+    return name.find(absl::GetFlag(FLAGS_filter)) != std::string::npos;
+  }
+  Stream stream() const { return stream_; }
+
+  Figure& Time(const std::string& name, const std::function<KernelStatus()>& launch) {
+    for (int i = 0; i < 2; ++i) Check(launch(), name);  // module load, first-touch
+    Check(cudaStreamSynchronize(stream_), name.c_str());
+    std::vector<float> times;
+    double total = 0;
+    while (times.size() < 5 || (total < absl::GetFlag(FLAGS_seconds) * 1e3 && times.size() < 300)) {
+      Check(cudaMemsetAsync(flush_.as<char>(), static_cast<int>(times.size()), 256 << 20, stream_),
+            "flush");
+      Check(cudaEventRecord(begin_, stream_), "cudaEventRecord");
+      Check(launch(), name);
+      Check(cudaEventRecord(end_, stream_), "cudaEventRecord");
+      Check(cudaEventSynchronize(end_), name.c_str());
+      float milliseconds;
+      Check(cudaEventElapsedTime(&milliseconds, begin_, end_), "cudaEventElapsedTime");
+      times.push_back(milliseconds);
+      total += milliseconds;
+    }
+    std::sort(times.begin(), times.end());
+    Figure figure;
+    figure.name = name;
+    figure.runs = static_cast<int>(times.size());
+    figure.milliseconds = times[times.size() / 2];
+    figure.p10 = times[times.size() / 10];
+    figure.p90 = times[times.size() * 9 / 10];
+    figures_.push_back(figure);
+    return figures_.back();
+  }
+
+  static void Print(const Figure& f) {
+    std::printf("%-44s %9.4f ms (p10 %.4f, p90 %.4f, %d runs)", f.name.c_str(), f.milliseconds,
+                f.p10, f.p90, f.runs);
+    for (const auto& [key, value] : f.values) std::printf("  %s %.4g", key.c_str(), value);
+    std::printf("\n");
+    std::fflush(stdout);
+  }
+
+  void WriteJson(const std::string& path, const std::string& gpu) const {
+    FILE* file = std::fopen(path.c_str(), "w");
+    if (file == nullptr) {
+      std::fprintf(stderr, "kernel_bench: cannot write %s\n", path.c_str());
+      std::exit(1);
+    }
+    std::fprintf(file, "[");
+    for (size_t i = 0; i < figures_.size(); ++i) {
+      const Figure& f = figures_[i];
+      std::fprintf(file,
+                   "%s\n  {\"gpu\": \"%s\", \"name\": \"%s\", \"ms\": %.6g, \"p10_ms\": %.6g, "
+                   "\"p90_ms\": %.6g, \"runs\": %d",
+                   i == 0 ? "" : ",", gpu.c_str(), f.name.c_str(), f.milliseconds, f.p10, f.p90,
+                   f.runs);
+      for (const auto& [key, value] : f.values) {
+        std::fprintf(file, ", \"%s\": %.6g", key.c_str(), value);
+      }
+      std::fprintf(file, "}");
+    }
+    std::fprintf(file, "\n]\n");
+    std::fclose(file);
+  }
+
+ private:
+  Memory flush_;
+  cudaEvent_t begin_, end_;
+  cudaStream_t stream_;
+  std::vector<Figure> figures_;
+};
+
+struct Model {
+  const char* name;
+  int q_heads, kv_heads, head_dim;
+  int hidden;  // model width
+  int mlp;
+  int indexer_hidden;
+  std::vector<int64_t> tokens;
+};
+
+/// An index whose density on long sequences is about `density`, half of the columns in bands.
+struct SyntheticIndex {
+  std::vector<int32_t> verticals, bands;
+  std::vector<uint32_t> bits;
+  Memory verticals_device, num_verticals_device, bits_device, bands_device, num_bands_device;
+  SparseIndexView view;
+
+  static std::vector<int32_t> Choose(int64_t first, int64_t end, int64_t count, unsigned seed) {
+    std::vector<int32_t> all(end - first);
+    for (int64_t i = first; i < end; ++i) all[i - first] = static_cast<int32_t>(i);
+    std::mt19937 rng(seed);
+    std::shuffle(all.begin(), all.end(), rng);
+    all.resize(std::clamp<int64_t>(count, 0, end - first));
+    std::sort(all.begin(), all.end());
+    return all;
+  }
+  static std::vector<int32_t> Bands(int64_t n, int row_tile, double density) {
+    std::vector<int32_t> bands = {0, 1};
+    const int64_t blocks = BandBlocks(n, row_tile);
+    // A band at a random distance is seen by half of the rows on average.
+    const int64_t more = static_cast<int64_t>(density * 0.5 * static_cast<double>(blocks)) - 2;
+    if (blocks > 2) {
+      for (int32_t b : Choose(2, blocks, more, 3)) bands.push_back(b);
+    }
+    return bands;
+  }
+  static std::vector<uint32_t> Bits(const std::vector<int32_t>& bands, int64_t words) {
+    std::vector<uint32_t> bits(words, 0);
+    for (int32_t b : bands) bits[b / 32] |= 1u << (b % 32);
+    return bits;
+  }
+  template <typename T>
+  static std::vector<T> Repeat(const std::vector<T>& row, int groups) {
+    std::vector<T> all;
+    for (int g = 0; g < groups; ++g) all.insert(all.end(), row.begin(), row.end());
+    return all;
+  }
+  SyntheticIndex(int groups, int64_t n, int row_tile, double density)
+      : verticals(Choose(0, n, static_cast<int64_t>(density * 0.5 * static_cast<double>(n)), 2)),
+        bands(Bands(n, row_tile, density)),
+        bits(Bits(bands, BandWords(n, row_tile))),
+        verticals_device(Repeat(verticals, groups)),
+        num_verticals_device(std::vector<int32_t>(groups, static_cast<int32_t>(verticals.size()))),
+        bits_device(Repeat(bits, groups)),
+        bands_device(Repeat(bands, groups)),
+        num_bands_device(std::vector<int32_t>(groups, static_cast<int32_t>(bands.size()))) {
+    view.num_groups = groups;
+    view.verticals = verticals_device.as<int32_t>();
+    view.vertical_stride = static_cast<int64_t>(verticals.size());
+    view.num_verticals = num_verticals_device.as<int32_t>();
+    view.band_bits = bits_device.as<uint32_t>();
+    view.band_stride = static_cast<int64_t>(bits.size());
+    view.bands = bands_device.as<int32_t>();
+    view.band_list_stride = static_cast<int64_t>(bands.size());
+    view.num_bands = num_bands_device.as<int32_t>();
+  }
+};
+
+void BenchAttention(Bench& bench, const Model& m, int64_t n) {
+  const std::string where = std::string(m.name) + " n=" + std::to_string(n);
+  const int64_t q_stride = int64_t{m.q_heads + 2 * m.kv_heads} * m.head_dim;
+  Memory q(2 * n * q_stride), k(2 * n * m.kv_heads * m.head_dim),
+      v(2 * n * m.kv_heads * m.head_dim), out(2 * n * m.q_heads * m.head_dim),
+      counts(sizeof(PairCounts));
+  q.FillBf16(1);
+  k.FillBf16(2);
+  v.FillBf16(3);
+  const AttentionShape shape{m.q_heads, m.kv_heads, m.head_dim, DType::kBF16,
+                             1.0f / std::sqrt(static_cast<float>(m.head_dim))};
+  AttentionSequence s;
+  s.q = q.as<void>();
+  s.q_token_stride = q_stride;
+  s.q_head_stride = m.head_dim;
+  s.k = k.as<void>();
+  s.v = v.as<void>();
+  s.kv_head_stride = n * m.head_dim;
+  s.kv_token_stride = m.head_dim;
+  s.out = out.as<void>();
+  s.out_token_stride = int64_t{m.q_heads} * m.head_dim;
+  s.out_head_stride = m.head_dim;
+  s.q_tokens = s.kv_tokens = n;
+  const auto run = [&](const std::string& name, const SparseIndexView* index) {
+    if (!bench.Wanted(name)) return;
+    s.index = index;
+    PairCounts pairs;
+    Check(cudaMemset(counts.as<void>(), 0, sizeof(pairs)), "cudaMemset");
+    Check(CountPairsCuda(shape, s, counts.as<PairCounts>(), nullptr), "CountPairsCuda");
+    Check(cudaMemcpy(&pairs, counts.as<void>(), sizeof(pairs), cudaMemcpyDeviceToHost),
+          "cudaMemcpy");
+    Figure& f = bench.Time(name, [&] { return AttentionCuda(shape, &s, 1, bench.stream()); });
+    const double flops = 4.0 * m.head_dim / (f.milliseconds * 1e-3) * 1e-12;
+    f.values = {
+        {"useful_tflops", flops * static_cast<double>(pairs.unmasked)},
+        {"visited_tflops", flops * static_cast<double>(pairs.multiplied)},
+        {"density", static_cast<double>(pairs.unmasked) / static_cast<double>(pairs.dense)},
+        {"cost_ratio", static_cast<double>(pairs.multiplied) / static_cast<double>(pairs.dense)}};
+    Bench::Print(f);
+  };
+  run("attention dense " + where, nullptr);
+  const int row_tile = RowTilePositions(shape.group_size());
+  for (double density : {0.05, 0.1, 0.2}) {
+    SyntheticIndex index(m.kv_heads, n, row_tile, density);
+    run("attention sparse " + std::to_string(density).substr(0, 4) + " " + where, &index.view);
+  }
+}
+
+void BenchIndex(Bench& bench, const Model& m, int64_t n) {
+  const std::string where = std::string(m.name) + " n=" + std::to_string(n);
+  const int groups = m.kv_heads, hidden = m.indexer_hidden;
+  const int group_size = m.q_heads / m.kv_heads, row_tile = RowTilePositions(group_size);
+  Memory k(2 * n * groups * m.head_dim), v(2 * n * groups * m.head_dim),
+      w1(2 * int64_t{groups} * hidden * 2 * m.head_dim);
+  k.FillBf16(1);
+  v.FillBf16(2);
+  w1.FillBf16(3);
+  const std::vector<float> small(int64_t{groups} * 2 * hidden + groups * kSlashBuckets, 0.01f);
+  Memory floats(small);
+  std::mt19937 rng(1);
+  std::normal_distribution<float> normal;
+  std::vector<float> logits(groups * n);
+  for (int64_t i = 0; i < groups * n; ++i) {
+    logits[i] = 2 * normal(rng) - 1.2f * std::log1p(static_cast<float>(i % n));
+  }
+  Memory vertical(logits), slash(logits);
+  IndexerLayer layer;
+  layer.num_groups = groups;
+  layer.head_dim = m.head_dim;
+  layer.hidden = hidden;
+  layer.w1 = w1.as<void>();
+  layer.b1 = layer.w2 = layer.b2 = layer.slash_prior = floats.as<float>();
+  IndexerInput input;
+  input.k = k.as<void>();
+  input.v = v.as<void>();
+  input.head_stride = n * m.head_dim;
+  input.token_stride = m.head_dim;
+  input.token_end = n;
+  Memory scratch_logits(2 * 4 * groups * n);
+  input.vertical_logits = scratch_logits.as<float>();
+  input.slash_logits = scratch_logits.as<float>() + groups * n;
+  input.logit_stride = n;
+  std::string name = "indexer h=" + std::to_string(hidden) + " " + where;
+  if (bench.Wanted(name)) {
+    Figure& f = bench.Time(name, [&] { return IndexerCuda(layer, input, bench.stream()); });
+    const double flops = 2.0 * static_cast<double>(n) * groups * hidden * (2 * m.head_dim + 2);
+    f.values = {{"tflops", flops / (f.milliseconds * 1e-3) * 1e-12}};
+    Bench::Print(f);
+  }
+
+  Memory verticals(4 * groups * n), bands(4 * groups * BandBlocks(n, row_tile)),
+      bits(4 * groups * BandWords(n, row_tile)), numbers(8 * groups),
+      workspace(SelectionWorkspaceBytes(groups, n));
+  SparseIndexView index;
+  index.verticals = verticals.as<int32_t>();
+  index.vertical_stride = n;
+  index.num_verticals = numbers.as<int32_t>();
+  index.num_bands = numbers.as<int32_t>() + groups;
+  index.bands = bands.as<int32_t>();
+  index.band_list_stride = BandBlocks(n, row_tile);
+  index.band_bits = bits.as<uint32_t>();
+  index.band_stride = BandWords(n, row_tile);
+  SelectionInput select;
+  select.vertical_logits = vertical.as<float>();
+  select.slash_logits = slash.as<float>();
+  select.logit_stride = n;
+  select.num_groups = groups;
+  select.group_size = group_size;
+  select.kv_tokens = select.prompt_tokens = n;
+  SelectionParams capped;
+  capped.max_density = 0.05f;
+  capped.threshold = 0.1f;
+  SelectionParams cumulative;
+  cumulative.rule = SelectionRule::kCumulative;
+  for (const auto& [label, params] : {std::pair<const char*, SelectionParams>{"mass-per-cost", {}},
+                                      {"capped", capped},
+                                      {"cumulative", cumulative}}) {
+    name = std::string("select ") + label + " " + where;
+    if (!bench.Wanted(name)) continue;
+    Bench::Print(bench.Time(name, [&, &params = params] {
+      return SelectCuda(select, params, workspace.as<void>(), &index, bench.stream());
+    }));
+  }
+}
+
+void BenchLayerOps(Bench& bench, const Model& m, int64_t n) {
+  const std::string where = std::string(m.name) + " n=" + std::to_string(n);
+  const int64_t qkv_width = int64_t{m.q_heads + 2 * m.kv_heads} * m.head_dim;
+  Memory residual(2 * n * m.hidden), delta(2 * n * m.hidden), normed(2 * n * m.hidden),
+      weight(2 * m.hidden), qkv(2 * n * qkv_width), k_cache(2 * n * m.kv_heads * m.head_dim),
+      v_cache(2 * n * m.kv_heads * m.head_dim), gate_up(4 * n * m.mlp), gated(2 * n * m.mlp);
+  for (Memory* memory : {&residual, &delta, &weight, &qkv, &gate_up}) memory->FillBf16(1);
+  const std::vector<float> table(n * m.head_dim / 2, 0.6f);
+  Memory cosines(table), sines(table);
+  const auto report = [&](const std::string& name, double bytes,
+                          const std::function<KernelStatus()>& launch) {
+    if (!bench.Wanted(name)) return;
+    Figure& f = bench.Time(name, launch);
+    f.values = {{"GB/s", bytes / (f.milliseconds * 1e-3) * 1e-9}};
+    Bench::Print(f);
+  };
+  RmsNormArgs norm;
+  norm.residual = residual.as<void>();
+  norm.delta = delta.as<void>();
+  norm.weight = weight.as<void>();
+  norm.out = normed.as<void>();
+  norm.tokens = n;
+  norm.width = m.hidden;
+  report("rms_norm " + where, 8.0 * static_cast<double>(n) * m.hidden,
+         [&] { return RmsNormCuda(norm, bench.stream()); });
+  QkvRopeAppendArgs rope;
+  rope.qkv = qkv.as<void>();
+  rope.tokens = n;
+  rope.num_q_heads = m.q_heads;
+  rope.num_kv_heads = m.kv_heads;
+  rope.head_dim = m.head_dim;
+  rope.cos = cosines.as<float>();
+  rope.sin = sines.as<float>();
+  rope.k_cache = k_cache.as<void>();
+  rope.v_cache = v_cache.as<void>();
+  rope.cache_head_stride = n * m.head_dim;
+  report("qkv_rope_append " + where,
+         static_cast<double>(n) * (4.0 * static_cast<double>(qkv_width) + 4.0 * m.head_dim),
+         [&] { return QkvRopeAppendCuda(rope, bench.stream()); });
+  SiluMulArgs silu;
+  silu.gate_up = gate_up.as<void>();
+  silu.out = gated.as<void>();
+  silu.tokens = n;
+  silu.width = m.mlp;
+  report("silu_mul " + where, 6.0 * static_cast<double>(n) * m.mlp,
+         [&] { return SiluMulCuda(silu, bench.stream()); });
+}
+
+void BenchSums(Bench& bench, const Model& m, int64_t n) {
+  const std::string name = std::string("attention_sums ") + m.name + " n=" + std::to_string(n);
+  if (!bench.Wanted(name)) return;
+  const int64_t q_stride = int64_t{m.q_heads} * m.head_dim;
+  Memory q(2 * n * q_stride), k(2 * n * m.kv_heads * m.head_dim), lse(4 * n * m.q_heads),
+      columns(4 * n * m.kv_heads), diagonals(4 * n * m.kv_heads);
+  q.FillBf16(1);
+  k.FillBf16(2);
+  AttentionSumsArgs args;
+  args.shape = {m.q_heads, m.kv_heads, m.head_dim, DType::kBF16,
+                1.0f / std::sqrt(static_cast<float>(m.head_dim))};
+  args.sequence.q = q.as<void>();
+  args.sequence.q_token_stride = q_stride;
+  args.sequence.q_head_stride = m.head_dim;
+  args.sequence.k = k.as<void>();
+  args.sequence.kv_head_stride = n * m.head_dim;
+  args.sequence.kv_token_stride = m.head_dim;
+  args.sequence.q_tokens = args.sequence.kv_tokens = n;
+  args.lse = lse.as<float>();
+  args.columns = columns.as<float>();
+  args.diagonals = diagonals.as<float>();
+  Figure& f = bench.Time(name, [&] { return AttentionSumsCuda(args, bench.stream()); });
+  const double scores = 3 * 2.0 * m.head_dim * m.q_heads * static_cast<double>(n) * (n + 1) / 2;
+  f.values = {{"tflops", scores / (f.milliseconds * 1e-3) * 1e-12}};
+  Bench::Print(f);
+}
+
+int Main() {
+  int devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error != cudaSuccess || devices == 0) {
+    std::printf("SKIPPED: no usable CUDA device (%s)\n", cudaGetErrorString(error));
+    return 77;
+  }
+  cudaDeviceProp properties;
+  Check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+  std::printf("GPU: %s, %d multiprocessors, L2 %d MiB\n", properties.name,
+              properties.multiProcessorCount, properties.l2CacheSize >> 20);
+  Bench bench;
+  {
+    const int64_t bytes = int64_t{1} << 30;
+    Memory from(bytes), to(bytes);
+    from.FillBf16(1);
+    Figure& f = bench.Time("device copy 1 GiB", [&] {
+      return cudaMemcpyAsync(to.as<void>(), from.as<void>(), bytes, cudaMemcpyDeviceToDevice,
+                             static_cast<cudaStream_t>(bench.stream())) == cudaSuccess
+                 ? KernelStatus::kOk
+                 : KernelStatus::kDeviceError;
+    });
+    f.values = {{"GB/s", 2.0 * static_cast<double>(bytes) / (f.milliseconds * 1e-3) * 1e-9}};
+    Bench::Print(f);
+  }
+  const Model models[] = {
+      {"SmolLM2-135M", 9, 3, 64, 576, 1536, 256, {1024, 2048, 4096, 8192}},
+      {"Llama-3.1-8B", 32, 8, 128, 4096, 14336, 1024, {8192, 32768, 131072}},
+  };
+  for (const Model& m : models) {
+    for (int64_t n : m.tokens) {
+      if (n > absl::GetFlag(FLAGS_max_tokens)) continue;
+      BenchAttention(bench, m, n);
+      BenchIndex(bench, m, n);
+      if (n <= 32768) BenchSums(bench, m, n);
+    }
+    BenchLayerOps(bench, m, 8192);
+  }
+  const std::string path = absl::GetFlag(FLAGS_json);
+  if (!path.empty()) bench.WriteJson(path, properties.name);
+  return 0;
+}
+
+}  // namespace
+}  // namespace vsprefill::kernels
+
+int main(int argc, char** argv) {
+  absl::SetProgramUsageMessage(
+      "Times the CUDA kernels (median of event timings, L2 flushed). Exit code 77 without a GPU.");
+  absl::ParseCommandLine(argc, argv);
+  return vsprefill::kernels::Main();
+}
