@@ -1,0 +1,300 @@
+// vsprefill-distill: trains and measures the VSIndexer of a model (docs/distillation.md).
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include "absl/flags/flag.h"
+#include "absl/flags/parse.h"
+#include "absl/flags/usage.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "server/base/status_macros.h"
+#include "server/model/vs_indexer.h"
+#include "training/corpus.h"
+#include "training/evaluate.h"
+#include "training/teacher.h"
+#include "training/trainer.h"
+
+ABSL_FLAG(std::string, model, "", "Hugging Face model directory: the frozen backbone");
+ABSL_FLAG(std::string, device, "auto", "cpu, cuda, or auto: cuda where there is one");
+ABSL_FLAG(std::string, dtype, "bf16",
+          "of the backbone: bf16 or fp32; the indexer learns in float32");
+ABSL_FLAG(int, threads, 0, "CPU threads; 0: all cores");
+ABSL_FLAG(std::string, corpus, "",
+          "token file to train on (training/corpus/make_corpus.py); empty: no training");
+ABSL_FLAG(std::string, heldout, "", "token file of texts that training never sees");
+ABSL_FLAG(std::string, out, "", "indexer.safetensors to write");
+ABSL_FLAG(int, hidden, 512, "hidden width; 256 halves the indexer's cost and size");
+ABSL_FLAG(int64_t, steps, 400, "optimiser steps");
+ABSL_FLAG(int64_t, texts_per_step, 4, "texts whose gradients are added before each step");
+ABSL_FLAG(std::vector<std::string>, lengths,
+          std::vector<std::string>({"1024", "2048", "4096", "8192"}),
+          "text lengths in tokens, mixed evenly");
+ABSL_FLAG(double, learning_rate, 1e-3, "peak of the schedule: linear warm-up, then cosine");
+ABSL_FLAG(int64_t, warmup_steps, 20, "steps of the warm-up");
+ABSL_FLAG(double, weight_decay, 0, "AdamW's decoupled weight decay");
+ABSL_FLAG(bool, bf16_hidden, false,
+          "hidden layer's product in bfloat16 while training (faster on a GPU)");
+ABSL_FLAG(uint64_t, seed, 1, "of the initial weights and of the order of the texts");
+ABSL_FLAG(std::string, checkpoint, "", "file that holds the state of the training; empty: none");
+ABSL_FLAG(int64_t, checkpoint_every, 50, "steps between two checkpoints");
+ABSL_FLAG(bool, resume, false, "go on from --checkpoint where it exists");
+ABSL_FLAG(int64_t, slab_mib, 0, "memory for hidden activations; 0: 256 on the CPU, 4096 on CUDA");
+ABSL_FLAG(bool, evaluate, false,
+          "measure the attention mass covered on --heldout (after training, or of --indexer)");
+ABSL_FLAG(std::string, indexer, "", "indexer to evaluate; empty: --out");
+ABSL_FLAG(std::vector<std::string>, evaluate_lengths, std::vector<std::string>({"8192"}),
+          "lengths of the held-out texts");
+ABSL_FLAG(std::vector<std::string>, densities,
+          std::vector<std::string>({"0.05", "0.1", "0.15", "0.2", "0.3"}),
+          "densities to compare at");
+ABSL_FLAG(int, evaluate_texts, 8, "held-out texts per length");
+ABSL_FLAG(int64_t, evaluate_tiles, 0,
+          "row tiles measured per text, evenly spread; 0: all on CUDA, 12 on the CPU");
+ABSL_FLAG(std::string, report, "", "JSON file for the evaluation's figures");
+
+namespace vsprefill::training {
+namespace {
+
+constexpr char kUsage[] = R"(trains the VSIndexer of a language model, and measures it.
+
+The backbone stays frozen. For each text its true attention is summed along columns and diagonals (never stored as
+a matrix); the indexer learns to predict both distributions from keys and values alone (KL loss, AdamW).
+
+Train (a few minutes on a data-centre GPU, hours on two cores):
+  vsprefill-distill --model models/SmolLM2-135M-Instruct --corpus corpus_train.safetensors
+      --heldout corpus_heldout.safetensors --out indexer.safetensors --checkpoint distill.ckpt
+
+Go on after an interruption: the same command with --resume.
+
+Measure an indexer against other selections at equal density:
+  vsprefill-distill --model DIR --evaluate --indexer indexer.safetensors --heldout corpus_heldout.safetensors
+      --evaluate_lengths 2048,8192 --report report.json
+
+The result belongs to exactly these weights: the server refuses it for others. Put it into the model directory as
+indexer.safetensors, or name it with vsprefill-server --indexer.)";
+
+template <typename T, typename Parse>
+absl::StatusOr<std::vector<T>> ParseList(const char* flag, const std::vector<std::string>& items,
+                                         T low, T high, const Parse& parse) {
+  std::vector<T> values;
+  for (const std::string& item : items) {
+    T value = 0;
+    if (!parse(item, &value) || value < low || value > high) {
+      return absl::InvalidArgumentError(absl::StrFormat("--%s: '%s' is not in [%s, %s]", flag, item,
+                                                        absl::StrCat(low), absl::StrCat(high)));
+    }
+    values.push_back(value);
+  }
+  if (values.empty()) return absl::InvalidArgumentError(absl::StrFormat("--%s is empty", flag));
+  return values;
+}
+
+absl::StatusOr<std::vector<int64_t>> Lengths(const char* flag,
+                                             const std::vector<std::string>& items) {
+  return ParseList<int64_t>(
+      flag, items, 16, int64_t{1} << 20,
+      [](const std::string& s, int64_t* v) { return absl::SimpleAtoi(s, v); });
+}
+
+absl::StatusOr<model::LoadOptions> BackboneOptions() {
+  model::LoadOptions options;
+  options.model_dir = absl::GetFlag(FLAGS_model);
+  options.indexer_path = "none";
+  options.cpu_threads = absl::GetFlag(FLAGS_threads);
+  const std::string device = absl::GetFlag(FLAGS_device), dtype = absl::GetFlag(FLAGS_dtype);
+  const bool has_cuda = torch::cuda::is_available();
+  if (device != "cpu" && device != "cuda" && device != "auto") {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("--device is '%s', expected cpu, cuda or auto", device));
+  }
+  if (dtype != "bf16" && dtype != "fp32") {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("--dtype is '%s', expected bf16 or fp32", dtype));
+  }
+  const bool cuda = device == "cuda" || (device == "auto" && has_cuda);
+  options.device = cuda ? kernels::DeviceKind::kCuda : kernels::DeviceKind::kCpu;
+  options.dtype = dtype == "bf16" ? kernels::DType::kBF16 : kernels::DType::kF32;
+  return options;
+}
+
+absl::Status CheckFlags() {
+  if (absl::GetFlag(FLAGS_model).empty()) {
+    return absl::InvalidArgumentError("--model is needed (see --help)");
+  }
+  const bool train = !absl::GetFlag(FLAGS_corpus).empty(), evaluate = absl::GetFlag(FLAGS_evaluate);
+  if (!train && !evaluate) {
+    return absl::InvalidArgumentError(
+        "nothing to do: give --corpus, --evaluate or both (see --help)");
+  }
+  if (train && absl::GetFlag(FLAGS_out).empty()) {
+    return absl::InvalidArgumentError("--out is needed to train");
+  }
+  if (evaluate && absl::GetFlag(FLAGS_heldout).empty()) {
+    return absl::InvalidArgumentError("--evaluate needs --heldout");
+  }
+  if (evaluate && !train && absl::GetFlag(FLAGS_indexer).empty()) {
+    return absl::InvalidArgumentError("--evaluate needs --indexer where nothing is trained");
+  }
+  if (absl::GetFlag(FLAGS_resume) && absl::GetFlag(FLAGS_checkpoint).empty()) {
+    return absl::InvalidArgumentError("--resume needs --checkpoint");
+  }
+  for (const auto& [name, value] :
+       {std::pair<const char*, int64_t>{"hidden", absl::GetFlag(FLAGS_hidden)},
+        {"steps", absl::GetFlag(FLAGS_steps)},
+        {"texts_per_step", absl::GetFlag(FLAGS_texts_per_step)},
+        {"checkpoint_every", absl::GetFlag(FLAGS_checkpoint_every)},
+        {"evaluate_texts", absl::GetFlag(FLAGS_evaluate_texts)}}) {
+    if (value < 1 || value > (1 << 20)) {
+      return absl::InvalidArgumentError(
+          absl::StrFormat("--%s is %d, not in [1, %d]", name, value, 1 << 20));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<model::IndexerWeights> Train(Teacher& teacher, const TrainOptions& options) {
+  VSP_ASSIGN_OR_RETURN(const Corpus corpus, Corpus::Load(absl::GetFlag(FLAGS_corpus),
+                                                         teacher.model().config().vocab_size));
+  absl::FPrintF(stderr, "corpus: %d documents, %d tokens; training %d steps of %d texts on %s\n",
+                corpus.num_documents(), corpus.num_tokens(), options.steps, options.texts_per_step,
+                teacher.model().device_description());
+  Trainer trainer(options, teacher.student_shape(options.hidden), teacher.device());
+  VSP_ASSIGN_OR_RETURN(const TrainResult result, trainer.Run(teacher, corpus));
+  model::IndexerWeights weights = trainer.student().Export();
+  weights.weights_id = teacher.model().weights_id();
+  weights.facts = {{"steps", absl::StrFormat("%d", result.steps)},
+                   {"texts", absl::StrFormat("%d", result.texts)},
+                   {"tokens", absl::StrFormat("%d", result.tokens)},
+                   {"lengths", absl::StrJoin(options.lengths, ",")},
+                   {"learning_rate", absl::StrFormat("%g", options.learning_rate)},
+                   {"seed", absl::StrFormat("%d", options.seed)},
+                   {"loss_vertical", absl::StrFormat("%.4f", result.loss.vertical)},
+                   {"loss_slash", absl::StrFormat("%.4f", result.loss.slash)},
+                   {"device", teacher.model().device_description()}};
+  absl::PrintF(
+      "trained %d steps, %d texts, %d tokens in %.0f s: KL vertical %.4f, slash %.4f, proxy recall "
+      "%.3f\n",
+      result.steps, result.texts, result.tokens, result.seconds, result.loss.vertical,
+      result.loss.slash, result.recall);
+  if (!absl::GetFlag(FLAGS_heldout).empty()) {
+    VSP_ASSIGN_OR_RETURN(const Corpus heldout, Corpus::Load(absl::GetFlag(FLAGS_heldout),
+                                                            teacher.model().config().vocab_size));
+    for (int64_t length : options.lengths) {
+      const auto texts = EvaluationTexts(heldout, length, absl::GetFlag(FLAGS_evaluate_texts));
+      if (texts.empty()) continue;
+      VSP_ASSIGN_OR_RETURN(const KlLoss loss,
+                           HeldoutLoss(teacher, trainer.student(), texts, options.slab_bytes));
+      absl::PrintF("held-out KL at %d tokens (%d texts): vertical %.4f, slash %.4f\n", length,
+                   texts.size(), loss.vertical, loss.slash);
+      weights.facts[absl::StrFormat("heldout_kl_%d", length)] =
+          absl::StrFormat("%.4f,%.4f", loss.vertical, loss.slash);
+    }
+  }
+  VSP_RETURN_IF_ERROR(model::WriteIndexer(absl::GetFlag(FLAGS_out), weights));
+  absl::PrintF("wrote %s for weights_id %s\n", absl::GetFlag(FLAGS_out), weights.weights_id);
+  return weights;
+}
+
+absl::Status Measure(Teacher& teacher, const model::IndexerWeights& weights,
+                     const std::vector<int64_t>& lengths, const EvaluateOptions& options) {
+  VSP_ASSIGN_OR_RETURN(const Corpus heldout, Corpus::Load(absl::GetFlag(FLAGS_heldout),
+                                                          teacher.model().config().vocab_size));
+  std::vector<LengthReport> reports;
+  for (int64_t length : lengths) {
+    const auto texts = EvaluationTexts(heldout, length, absl::GetFlag(FLAGS_evaluate_texts));
+    if (texts.empty()) {
+      return absl::InvalidArgumentError(
+          absl::StrFormat("%s has no text of %d tokens", absl::GetFlag(FLAGS_heldout), length));
+    }
+    VSP_ASSIGN_OR_RETURN(LengthReport report, Evaluate(teacher, weights, texts, options));
+    absl::PrintF("%s", FormatTable(report));
+    std::fflush(stdout);
+    reports.push_back(std::move(report));
+  }
+  if (!absl::GetFlag(FLAGS_report).empty()) {
+    std::ofstream file(absl::GetFlag(FLAGS_report));
+    file << FormatJson(reports, weights.weights_id, weights.hidden, weights.facts);
+    if (!file.flush()) {
+      return absl::InternalError(absl::StrFormat("cannot write %s", absl::GetFlag(FLAGS_report)));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Main() {
+  VSP_RETURN_IF_ERROR(CheckFlags());
+  VSP_ASSIGN_OR_RETURN(const model::LoadOptions backbone, BackboneOptions());
+  const bool cuda = backbone.device == kernels::DeviceKind::kCuda;
+  TrainOptions train;
+  EvaluateOptions evaluate;
+  VSP_ASSIGN_OR_RETURN(train.lengths, Lengths("lengths", absl::GetFlag(FLAGS_lengths)));
+  VSP_ASSIGN_OR_RETURN(const std::vector<int64_t> measured,
+                       Lengths("evaluate_lengths", absl::GetFlag(FLAGS_evaluate_lengths)));
+  VSP_ASSIGN_OR_RETURN(
+      evaluate.densities,
+      ParseList<double>("densities", absl::GetFlag(FLAGS_densities), 0.001, 1.0,
+                        [](const std::string& s, double* v) { return absl::SimpleAtod(s, v); }));
+  evaluate.max_tiles = absl::GetFlag(FLAGS_evaluate_tiles);
+  if (evaluate.max_tiles == 0 && !cuda) evaluate.max_tiles = 12;
+  train.hidden = absl::GetFlag(FLAGS_hidden);
+  train.steps = absl::GetFlag(FLAGS_steps);
+  train.texts_per_step = absl::GetFlag(FLAGS_texts_per_step);
+  train.learning_rate = absl::GetFlag(FLAGS_learning_rate);
+  train.warmup_steps = absl::GetFlag(FLAGS_warmup_steps);
+  train.weight_decay = absl::GetFlag(FLAGS_weight_decay);
+  train.bf16_hidden = absl::GetFlag(FLAGS_bf16_hidden);
+  train.seed = absl::GetFlag(FLAGS_seed);
+  train.checkpoint = absl::GetFlag(FLAGS_checkpoint);
+  train.checkpoint_every = absl::GetFlag(FLAGS_checkpoint_every);
+  train.resume = absl::GetFlag(FLAGS_resume);
+  const int64_t slab_mib = absl::GetFlag(FLAGS_slab_mib);
+  train.slab_bytes = (slab_mib > 0 ? slab_mib : cuda ? 4096 : 256) << 20;
+
+  const bool trains = !absl::GetFlag(FLAGS_corpus).empty();
+  int64_t longest = 0;
+  if (trains) longest = *std::max_element(train.lengths.begin(), train.lengths.end());
+  if (absl::GetFlag(FLAGS_evaluate)) {
+    longest = std::max(longest, *std::max_element(measured.begin(), measured.end()));
+  }
+  VSP_ASSIGN_OR_RETURN(const std::unique_ptr<Teacher> teacher, Teacher::Create(backbone, longest));
+
+  model::IndexerWeights weights;
+  if (trains) {
+    VSP_ASSIGN_OR_RETURN(weights, Train(*teacher, train));
+  } else {
+    const model::ModelConfig& config = teacher->model().config();
+    VSP_ASSIGN_OR_RETURN(weights,
+                         model::ReadIndexer(absl::GetFlag(FLAGS_indexer),
+                                            {teacher->model().weights_id(), config.num_layers,
+                                             config.num_kv_heads, config.head_dim}));
+  }
+  if (!absl::GetFlag(FLAGS_evaluate)) return absl::OkStatus();
+  return Measure(*teacher, weights, measured, evaluate);
+}
+
+}  // namespace
+}  // namespace vsprefill::training
+
+int main(int argc, char** argv) {
+  absl::SetProgramUsageMessage(vsprefill::training::kUsage);
+  absl::ParseCommandLine(argc, argv);
+  absl::Status status;
+  try {
+    status = vsprefill::training::Main();
+  } catch (const std::exception& e) {  // LibTorch, mostly for lack of memory
+    status = absl::InternalError(e.what());
+  }
+  if (!status.ok()) {
+    absl::FPrintF(stderr, "vsprefill-distill: %s\n", status.message());
+    return 1;
+  }
+  return 0;
+}

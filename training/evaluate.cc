@@ -1,0 +1,278 @@
+#include "training/evaluate.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <utility>
+
+#include "absl/strings/str_format.h"
+#include "server/base/kernel_status.h"
+#include "server/base/status_macros.h"
+#include "training/coverage.h"
+#include "training/index_mask.h"
+#include "training/progress.h"
+
+namespace vsprefill::training {
+namespace {
+
+constexpr int kBisections = 18;
+/// What the other methods always read: the same sinks as StreamingLLM's paper, one block and the
+/// local band.
+constexpr int64_t kStreamingSinks = 4;
+constexpr int64_t kLocalTokens = 128;
+constexpr int64_t kMethodRows = 64;  // query rows that MInference's estimate looks at
+
+/// One text with everything that methods choose from.
+struct Text {
+  TileSet tiles;
+  torch::Tensor mass;            // [layers, q heads, tiles, tokens]
+  torch::Tensor indexer, truth;  // logits, [2, layers, groups, tokens]
+  torch::Tensor last_rows;
+  torch::Tensor pooled64, pooled128;  // [layers, groups, tiles, blocks]
+};
+
+/// A selection with one knob per layer and group, larger = sparser: the mask of a layer, bool
+/// [groups, tiles, tokens].
+using MaskFn = std::function<absl::StatusOr<torch::Tensor>(int layer, const torch::Tensor& knobs)>;
+
+struct Method {
+  std::string name;
+  MaskFn mask;
+  double low, high;        // range of log2(knob)
+  bool per_group = false;  // a knob of its own for each layer and group
+};
+
+/// Logits of all layers from the kernel that serves, [2, layers, groups, tokens].
+absl::StatusOr<torch::Tensor> IndexerLogits(Teacher& teacher, const model::VsIndexer& indexer,
+                                            const Capture& capture) {
+  const model::ModelConfig& config = teacher.model().config();
+  torch::Tensor logits = torch::zeros({2, config.num_layers, config.num_kv_heads, capture.tokens},
+                                      capture.columns.options());
+  if (logits.is_cuda()) torch::cuda::synchronize();
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    kernels::IndexerInput input;
+    input.k = capture.keys[layer].data_ptr();
+    input.v = capture.values[layer].data_ptr();
+    input.head_stride = capture.keys[layer].stride(0);
+    input.token_stride = capture.keys[layer].stride(1);
+    input.dtype = teacher.model().kv_layout().dtype;
+    input.token_end = capture.tokens;
+    input.vertical_logits = logits[0][layer].data_ptr<float>();
+    input.slash_logits = logits[1][layer].data_ptr<float>();
+    input.logit_stride = capture.tokens;
+    VSP_RETURN_IF_ERROR(FromKernelStatus(
+        teacher.model().kernels().indexer(indexer.layer(layer), input, teacher.model().stream()),
+        "indexer"));
+  }
+  VSP_RETURN_IF_ERROR(teacher.model().Synchronize());
+  return logits;
+}
+
+absl::StatusOr<Text> Prepare(Teacher& teacher, const model::VsIndexer& indexer,
+                             absl::Span<const int32_t> ids, int64_t max_tiles) {
+  VSP_ASSIGN_OR_RETURN(const Capture capture, teacher.Run(ids, /*with_queries=*/true));
+  const model::ModelConfig& config = teacher.model().config();
+  const double scale = 1 / std::sqrt(config.head_dim);
+  Text text;
+  text.tiles =
+      MakeTiles(capture.tokens, kernels::RowTilePositions(config.num_q_heads / config.num_kv_heads),
+                max_tiles, teacher.device());
+  std::vector<torch::Tensor> mass, last_rows, pooled64, pooled128;
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    const torch::Tensor &queries = capture.queries[layer], &keys = capture.keys[layer];
+    mass.push_back(TileColumnMass(text.tiles, queries, keys, scale));
+    last_rows.push_back(SumsOfLastRows(queries, keys, scale, kMethodRows));
+    pooled64.push_back(MeanPooledScores(text.tiles, queries, keys, scale, 64));
+    pooled128.push_back(MeanPooledScores(text.tiles, queries, keys, scale, 128));
+  }
+  text.mass = torch::stack(mass);
+  text.last_rows = (torch::stack(last_rows, 1) + 1e-12).log();
+  text.pooled64 = torch::stack(pooled64);
+  text.pooled128 = torch::stack(pooled128);
+  text.truth = (torch::stack({capture.columns, capture.diagonals}) + 1e-12).log();
+  VSP_ASSIGN_OR_RETURN(text.indexer, IndexerLogits(teacher, indexer, capture));
+  return text;
+}
+
+MaskFn VerticalSlash(IndexMasker* masker, const torch::Tensor& logits) {
+  return [masker, logits](int layer, const torch::Tensor& knobs) {
+    const torch::Tensor host = knobs[layer].to(torch::kCPU, torch::kFloat32).contiguous();
+    return masker->Mask(
+        logits[0][layer], logits[1][layer],
+        std::vector<float>(host.data_ptr<float>(), host.data_ptr<float>() + host.numel()));
+  };
+}
+
+MaskFn SinksAndWindow(const Text* text) {
+  return [text](int layer, const torch::Tensor& knobs) -> absl::StatusOr<torch::Tensor> {
+    const TileSet& tiles = text->tiles;
+    const torch::Tensor column = torch::arange(tiles.tokens, tiles.last.options());
+    const torch::Tensor distance = tiles.last.unsqueeze(1) - column.unsqueeze(0);
+    // Knob x: a window of tokens / x.
+    const torch::Tensor window =
+        (tiles.tokens / knobs[layer]).clamp_min(tiles.row_tile).view({-1, 1, 1});
+    return (distance.unsqueeze(0) < window).logical_or(column < kStreamingSinks);
+  };
+}
+
+MaskFn MeanPooled(const Text* text, const torch::Tensor& scores, int64_t block) {
+  return [text, scores, block](int layer,
+                               const torch::Tensor& knobs) -> absl::StatusOr<torch::Tensor> {
+    const TileSet& tiles = text->tiles;
+    torch::Tensor keep = scores[layer] >= knobs[layer].view({-1, 1, 1});
+    keep.select(2, 0).fill_(true);  // sinks
+    const torch::Tensor begin =
+        torch::arange(scores.size(3), tiles.last.options()) * block + block - 1;
+    keep.logical_or_(tiles.last.unsqueeze(1) - begin.unsqueeze(0) < kLocalTokens);
+    return keep.repeat_interleave(block, 2).narrow(2, 0, tiles.tokens);
+  };
+}
+
+/// Pairs that a layer's masks read / causal pairs, [groups].
+torch::Tensor Density(const TileSet& tiles, const torch::Tensor& mask) {
+  return (mask * tiles.visible).sum({1, 2}) / tiles.pairs;
+}
+
+struct Outcome {
+  double density = 0;
+  torch::Tensor covered;  // [layers, q heads], host
+};
+
+/// Bisects the knobs until the density is reached from below as nearly as it can be.
+absl::StatusOr<Outcome> Reach(const Text& text, const Method& method, double wanted) {
+  const int64_t layers = text.mass.size(0), heads = text.mass.size(1);
+  const int64_t groups = text.indexer.size(2);
+  const torch::TensorOptions options = text.mass.options();
+  torch::Tensor low = torch::full({layers, groups}, method.low, options);
+  torch::Tensor high = torch::full({layers, groups}, method.high, options);
+  auto densities = [&](const torch::Tensor& knobs) -> absl::StatusOr<torch::Tensor> {
+    std::vector<torch::Tensor> all;
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      VSP_ASSIGN_OR_RETURN(const torch::Tensor mask, method.mask(layer, knobs));
+      all.push_back(Density(text.tiles, mask));
+    }
+    torch::Tensor density = torch::stack(all);
+    if (!method.per_group) density = density.mean().expand_as(density);
+    return density;
+  };
+  for (int i = 0; i < kBisections; ++i) {
+    const torch::Tensor middle = (low + high) / 2;
+    VSP_ASSIGN_OR_RETURN(const torch::Tensor density, densities(middle.exp2()));
+    const torch::Tensor too_dense = density > wanted;
+    low = torch::where(too_dense, middle, low);
+    high = torch::where(too_dense, high, middle);
+  }
+  Outcome outcome;
+  std::vector<torch::Tensor> covered;
+  const torch::Tensor knobs = high.exp2();
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    VSP_ASSIGN_OR_RETURN(const torch::Tensor mask, method.mask(layer, knobs));
+    outcome.density += Density(text.tiles, mask).mean().item<double>() / layers;
+    const torch::Tensor per_head = mask.repeat_interleave(heads / groups, 0);
+    covered.push_back((text.mass[layer] * per_head).sum({1, 2}));
+  }
+  outcome.covered = torch::stack(covered).cpu().to(torch::kFloat64);
+  return outcome;
+}
+
+void Summarise(const torch::Tensor& covered, CoverageResult* result) {
+  result->mean = covered.mean().item<double>();
+  const torch::Tensor sorted = std::get<0>(covered.flatten().sort());
+  const int64_t tenth = std::max<int64_t>(1, sorted.size(0) / 10);
+  result->lowest_tenth = sorted.narrow(0, 0, tenth).mean().item<double>();
+  result->minimum = sorted[0].item<double>();
+  const torch::Tensor by_layer = covered.mean(1).contiguous();
+  result->by_layer.assign(by_layer.data_ptr<double>(),
+                          by_layer.data_ptr<double>() + by_layer.numel());
+}
+
+}  // namespace
+
+absl::StatusOr<LengthReport> Evaluate(Teacher& teacher, const model::IndexerWeights& weights,
+                                      absl::Span<const absl::Span<const int32_t>> texts,
+                                      const EvaluateOptions& options) {
+  if (texts.empty()) return absl::InvalidArgumentError("no held-out text is long enough");
+  torch::NoGradGuard no_grad;
+  VSP_ASSIGN_OR_RETURN(const std::unique_ptr<model::VsIndexer> indexer,
+                       model::VsIndexer::Create(weights, teacher.model().device()));
+  LengthReport report;
+  report.length = texts[0].size();
+  report.texts = texts.size();
+  std::vector<torch::Tensor> covered;  // per result, summed over texts
+  Progress progress(texts.size(), 0);
+  for (size_t i = 0; i < texts.size(); ++i) {
+    VSP_ASSIGN_OR_RETURN(const Text text, Prepare(teacher, *indexer, texts[i], options.max_tiles));
+    report.tiles = text.tiles.num_tiles();
+    IndexMasker masker(&teacher.model(), &text.tiles);
+    const double longest = std::log2(report.length);
+    const std::vector<Method> methods = {
+        {"vsprefill", VerticalSlash(&masker, text.indexer), -8, 16},
+        {"vsprefill, same density in every group", VerticalSlash(&masker, text.indexer), -8, 16,
+         true},
+        {"oracle (true sums)", VerticalSlash(&masker, text.truth), -8, 16},
+        {"vertical-slash, last 64 queries", VerticalSlash(&masker, text.last_rows), -8, 16},
+        {"sinks + window", SinksAndWindow(&text), 0, longest},
+        {"mean-pooled blocks of 64", MeanPooled(&text, text.pooled64, 64), -40, 0.5},
+        {"mean-pooled blocks of 128", MeanPooled(&text, text.pooled128, 128), -40, 0.5},
+    };
+    size_t slot = 0;
+    for (const Method& method : methods) {
+      for (double density : options.densities) {
+        VSP_ASSIGN_OR_RETURN(const Outcome outcome, Reach(text, method, density));
+        if (i == 0) {
+          CoverageResult& result = report.results.emplace_back();
+          result.method = method.name;
+          result.wanted_density = density;
+          covered.push_back(torch::zeros_like(outcome.covered));
+        }
+        covered[slot] += outcome.covered / static_cast<double>(texts.size());
+        report.results[slot].density += outcome.density / texts.size();
+        ++slot;
+      }
+    }
+    progress.Update(i + 1, absl::StrFormat("evaluating %d tokens", report.length));
+  }
+  for (size_t slot = 0; slot < covered.size(); ++slot) {
+    Summarise(covered[slot], &report.results[slot]);
+  }
+  return report;
+}
+
+std::string FormatTable(const LengthReport& report) {
+  std::string table = absl::StrFormat(
+      "Attention mass covered at equal density: %d held-out texts of %d tokens, %d row tiles each\n"
+      "%-40s %8s %8s %8s %8s %8s\n",
+      report.texts, report.length, report.tiles, "method", "wanted", "density", "mean", "low 10%",
+      "min");
+  for (const CoverageResult& r : report.results) {
+    absl::StrAppendFormat(&table, "%-40s %8.2f %8.3f %8.3f %8.3f %8.3f\n", r.method,
+                          r.wanted_density, r.density, r.mean, r.lowest_tenth, r.minimum);
+  }
+  return table;
+}
+
+std::string FormatJson(const std::vector<LengthReport>& reports, const std::string& weights_id,
+                       int hidden, const std::map<std::string, std::string>& facts) {
+  nlohmann::json json = {{"weights_id", weights_id}, {"hidden", hidden}, {"facts", facts}};
+  json["reports"] = nlohmann::json::array();
+  for (const LengthReport& report : reports) {
+    nlohmann::json results = nlohmann::json::array();
+    for (const CoverageResult& r : report.results) {
+      results.push_back({{"method", r.method},
+                         {"wanted_density", r.wanted_density},
+                         {"density", r.density},
+                         {"mean", r.mean},
+                         {"lowest_tenth", r.lowest_tenth},
+                         {"minimum", r.minimum},
+                         {"by_layer", r.by_layer}});
+    }
+    json["reports"].push_back({{"length", report.length},
+                               {"texts", report.texts},
+                               {"tiles", report.tiles},
+                               {"results", results}});
+  }
+  return json.dump(1) + "\n";
+}
+
+}  // namespace vsprefill::training

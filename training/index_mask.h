@@ -1,0 +1,39 @@
+// Runs the selection kernel for all groups of a layer and turns its index into masks over row
+// tiles, so that its coverage can be measured.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/kernel_set.h"
+#include "server/model/transformer.h"
+#include "training/coverage.h"
+
+namespace vsprefill::training {
+
+class IndexMasker {
+ public:
+  /// For texts of `tiles.tokens` tokens; `model` and `tiles` outlive it.
+  IndexMasker(model::Transformer* model, const TileSet* tiles);
+
+  /// Selects with mass per cost at thresholds[g] from logits float32 [groups, tokens] (no forced
+  /// last rows) and returns which (tile, column) is read: bool [groups, tiles, tokens], columns
+  /// past a tile's rows included.
+  absl::StatusOr<torch::Tensor> Mask(const torch::Tensor& vertical_logits,
+                                     const torch::Tensor& slash_logits,
+                                     const std::vector<float>& thresholds);
+
+ private:
+  model::Transformer* model_;
+  const TileSet* tiles_;
+  int groups_, group_size_;
+  torch::Tensor verticals_, num_verticals_, band_bits_, bands_, num_bands_, workspace_;
+  torch::Tensor block_of_;  // int64 [tiles, tokens]: distance block of a column; clamped to 0 right
+                            // of the tile
+};
+
+}  // namespace vsprefill::training
