@@ -15,7 +15,7 @@ namespace vsprefill::kernels {
 struct AttentionShape {
   int num_q_heads = 0;
   int num_kv_heads = 0;  // divides num_q_heads
-  int head_dim = 0;      // CPU: any multiple of 16 up to 256; CUDA: 64, 96 or 128 (else 16-multiples <= 128 as implemented)
+  int head_dim = 0;      // CPU: any multiple of 16 up to 256; CUDA: 16, 32, 64, 80, 96 or 128
   DType dtype = DType::kBF16;
   float scale = 0;  // multiplies q . k, usually 1 / sqrt(head_dim)
   int group_size() const { return num_q_heads / num_kv_heads; }
@@ -46,10 +46,14 @@ struct PairCounts {
 
 /// out = softmax(scale * q k^T + causal mask + index mask) v for each of `num_sequences` sequences.
 /// A row that may see no key cannot occur (each row sees itself through the local band or density).
-/// `sequences` is host memory in every implementation; the pointers in it are device memory for CUDA.
-/// CPU: returns when done, uses ParallelFor (kernels/cpu/parallel.h). CUDA: enqueues on `stream`, does not synchronise.
-using AttentionFn = KernelStatus (*)(const AttentionShape& shape, const AttentionSequence* sequences,
-                                     int num_sequences, Stream stream);
+/// `sequences` is host memory in every implementation; the pointers in it are device memory for
+/// CUDA. CPU: returns when done, uses ParallelFor (kernels/cpu/parallel.h). CUDA: enqueues on
+/// `stream`, does not synchronise; one launch per 16 sequences; pointers 16-byte aligned, strides
+/// multiples of 16 bytes, else kUnsupportedShape; the result does not depend on chunking or
+/// batching.
+using AttentionFn = KernelStatus (*)(const AttentionShape& shape,
+                                     const AttentionSequence* sequences, int num_sequences,
+                                     Stream stream);
 
 KernelStatus AttentionRef(const AttentionShape& shape, const AttentionSequence* sequences,
                           int num_sequences, Stream stream);
@@ -61,8 +65,9 @@ KernelStatus AttentionCuda(const AttentionShape& shape, const AttentionSequence*
 /// Adds the pair counts of one sequence (one layer, all heads) to *counts: PairCounts in host
 /// memory (CPU) or device memory (CUDA, atomically on `stream`). Uses only sizes and index of
 /// `sequence`.
-using CountPairsFn = KernelStatus (*)(const AttentionShape& shape, const AttentionSequence& sequence,
-                                      PairCounts* counts, Stream stream);
+using CountPairsFn = KernelStatus (*)(const AttentionShape& shape,
+                                      const AttentionSequence& sequence, PairCounts* counts,
+                                      Stream stream);
 KernelStatus CountPairsCpu(const AttentionShape& shape, const AttentionSequence& sequence,
                            PairCounts* counts, Stream stream);
 KernelStatus CountPairsCuda(const AttentionShape& shape, const AttentionSequence& sequence,

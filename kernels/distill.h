@@ -4,6 +4,10 @@
 //   columns[j]   = 1 / (n g) * sum over heads, rows i >= j of P[i, j]
 //   diagonals[o] = 1 / (n g) * sum over heads, rows i >= o of P[i, i - o]
 // P is the causal softmax; both sum to 1. Ref: VSPrefill (arXiv 2603.04460), online aggregation.
+//
+// CUDA: enqueued on `stream` (bf16: head_dim 16, 32, 64, 80, 96 or 128 on tensor cores, float32
+// any, slow); pointers 16-byte aligned, strides multiples of 16 bytes. Every run gives the same
+// bits.
 #pragma once
 
 #include <cstdint>

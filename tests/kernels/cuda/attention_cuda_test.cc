@@ -265,6 +265,33 @@ TEST(AttentionCuda, LargeOffsets) {
   EXPECT_EQ(p.out_device.Download<char>(), compact);
 }
 
+// A launcher that allocated, synchronised or used another stream could not be captured.
+TEST(AttentionCuda, IsCapturedIntoAGraph) {
+  Problem p({"", 9, 3, 64, 300, 300, 0.2, 0.2}, DType::kBF16, 9);
+  ASSERT_EQ(AttentionCuda(p.shape, &p.device, 1, nullptr), KernelStatus::kOk);
+  ASSERT_TRUE(testing::Synchronize());
+  const auto expected = p.out_device.Download<char>();
+  ASSERT_EQ(cudaMemset(p.out_device.data(), 0xff, expected.size()), cudaSuccess);
+  DeviceBuffer counts(std::vector<PairCounts>(1));
+  cudaStream_t stream;
+  VSP_ASSERT_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  VSP_ASSERT_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  EXPECT_EQ(AttentionCuda(p.shape, &p.device, 1, stream), KernelStatus::kOk);
+  EXPECT_EQ(CountPairsCuda(p.shape, p.device, counts.as<PairCounts>(), stream), KernelStatus::kOk);
+  cudaGraph_t graph;
+  VSP_ASSERT_CUDA(cudaStreamEndCapture(stream, &graph));
+  EXPECT_TRUE(p.out_device.Download<char>() != expected) << "ran outside the capture";
+  cudaGraphExec_t executable;
+  VSP_ASSERT_CUDA(cudaGraphInstantiate(&executable, graph, 0));
+  VSP_ASSERT_CUDA(cudaGraphLaunch(executable, stream));
+  VSP_ASSERT_CUDA(cudaStreamSynchronize(stream));
+  EXPECT_TRUE(p.out_device.Download<char>() == expected);
+  EXPECT_GT(counts.Download<PairCounts>()[0].unmasked, 0);
+  cudaGraphExecDestroy(executable);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+}
+
 TEST(AttentionCuda, RefusesWhatItCannotDo) {
   Problem p({"", 4, 2, 64, 10, 10, kDense, 0}, DType::kBF16, 8);
   AttentionShape shape = p.shape;
