@@ -77,7 +77,7 @@ struct IsaKernels {
   /// column_sums null: tile.max and tile.sum become each lane's running maximum (log2 units) and
   /// sum. Else tile.max holds each lane's log-sum-exp in log2 units, and the probabilities are
   /// added to column_sums [batch.count] and to diagonal_sums, indexed by position - column, which
-  /// must have 128 writable elements on either side of the valid offsets.
+  /// must have 160 writable elements on either side of the valid offsets.
   void (*attention_sums)(const AttentionTile& tile, const ColumnBatch& batch, float* column_sums,
                          float* diagonal_sums);
   void (*indexer)(const IndexerTask& task);
