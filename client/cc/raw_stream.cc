@@ -7,9 +7,7 @@ RawStream::RawStream(grpc::GenericStub& stub, const std::string& method,
     : context_(context) {
   context_->set_initial_metadata_corked(true);  // headers and request in one write
   call_ = stub.PrepareCall(context_, method, &queue_);
-  call_->StartCall(nullptr);
-  alive_ = Wait();
-  if (!alive_) return;
+  call_->StartCall(nullptr);  // corked: yields no event
   call_->WriteLast(request, grpc::WriteOptions(), nullptr);
   alive_ = Wait();
 }
