@@ -66,9 +66,10 @@ absl::Status Engine::Compute(Job& job, kv::KvCache& cache) {
 
   const int64_t count_bytes = num_layers * sizeof(kernels::PairCounts);
   VSP_ASSIGN_OR_RETURN(Buffer counts, Buffer::Create(transformer_.allocator(), count_bytes));
-  VSP_RETURN_IF_ERROR(stager_.Zero(counts.data(), count_bytes, transformer_.stream()));
-
   ComputeResult result;
+  result.counts.resize(num_layers);
+  VSP_RETURN_IF_ERROR(transformer_.CopyToDevice(result.counts.data(), count_bytes, counts.data()));
+
   FirstToken first_token;
   for (int64_t step = 0; step < plan.num_steps(); ++step) {
     const int64_t begin = plan.step_begin(step), end = plan.step_end(step);
@@ -107,10 +108,7 @@ absl::Status Engine::Compute(Job& job, kv::KvCache& cache) {
     if (request.want_logits) first_token.logits = std::move(output.logits[0]);
   }
   job.PublishFirstToken(std::move(first_token));
-  result.counts.resize(num_layers);
-  VSP_RETURN_IF_ERROR(
-      stager_.CopyToHost(result.counts.data(), counts.data(), count_bytes, transformer_.stream()));
-  VSP_RETURN_IF_ERROR(transformer_.Synchronize());
+  VSP_RETURN_IF_ERROR(transformer_.CopyToHost(counts.data(), count_bytes, result.counts.data()));
   job.PublishResult(std::move(result));
   return absl::OkStatus();
 }

@@ -33,6 +33,19 @@ std::string Seconds(absl::Duration duration) {
 
 }  // namespace
 
+metrics::Gauges ToGauges(const Load& load) {
+  metrics::Gauges gauges;
+  gauges.requests_running = load.running;
+  gauges.requests_waiting = load.waiting;
+  gauges.waiting_tokens = load.waiting_tokens;
+  gauges.kv_cache_usage =
+      load.pool_bytes > 0 ? static_cast<double>(load.pool_used_bytes) / load.pool_bytes : 0;
+  gauges.send_buffer_bytes = load.staging_used_bytes;
+  gauges.draining = load.draining;
+  gauges.last_progress = load.last_progress;
+  return gauges;
+}
+
 Engine::Engine(model::Transformer& transformer, kv::KvStager& stager, metrics::Metrics& metrics,
                EngineOptions options)
     : transformer_(transformer),

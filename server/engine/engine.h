@@ -52,6 +52,9 @@ struct Load {
   absl::Time last_progress = absl::UnixEpoch();
 };
 
+/// What a scrape of /metrics shows of it.
+metrics::Gauges ToGauges(const Load& load);
+
 class Engine {
  public:
   /// All references must outlive the engine.

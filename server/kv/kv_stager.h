@@ -56,11 +56,6 @@ class KvStager {
                                                              const LayerMark& mark,
                                                              const ChunkRange& range,
                                                              std::optional<uint64_t> checksum) = 0;
-  /// Copies `bytes` from the device's memory after everything on `stream`; sets them to zero.
-  virtual absl::Status CopyToHost(void* to, const void* from, int64_t bytes,
-                                  kernels::Stream stream) = 0;
-  virtual absl::Status Zero(void* data, int64_t bytes, kernels::Stream stream) = 0;
-
   virtual int64_t capacity_bytes() const = 0;
   /// Bytes that are staged and not yet released.
   virtual int64_t used_bytes() const = 0;

@@ -1,6 +1,5 @@
 #include <xxhash.h>
 
-#include <cstring>
 #include <utility>
 
 #include "server/kv/kv_stager.h"
@@ -43,15 +42,6 @@ class HostKvStager final : public KvStager {
       used->fetch_sub(bytes);
     });
     return chunk;
-  }
-
-  absl::Status CopyToHost(void* to, const void* from, int64_t bytes, kernels::Stream) override {
-    std::memcpy(to, from, bytes);
-    return absl::OkStatus();
-  }
-  absl::Status Zero(void* data, int64_t bytes, kernels::Stream) override {
-    std::memset(data, 0, bytes);
-    return absl::OkStatus();
   }
 
   int64_t capacity_bytes() const override { return capacity_bytes_; }
