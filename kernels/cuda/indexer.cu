@@ -149,7 +149,7 @@ constexpr int kSimtThreads = 256;
 /// Float32 arithmetic, any head_dim: a block takes kSimtTokens tokens of one group, a thread
 /// computes one hidden unit of all of them at a time.
 template <typename T, typename W>
-__global__ void __launch_bounds__(kSimtThreads)
+__global__ void __launch_bounds__(kSimtThreads, 2)
     IndexerSimtKernel(const __grid_constant__ IndexerParams p) {
   extern __shared__ uint4 shared_memory[];
   float* features = reinterpret_cast<float*>(shared_memory);  // [kSimtTokens][2 head_dim]
