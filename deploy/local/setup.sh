@@ -24,7 +24,11 @@ for argument in "$@"; do
 done
 
 step_name="start"
-trap 'rc=$?; [ $rc = 0 ] || echo "setup: step \"$step_name\" failed with status $rc; the lines above say why" >&2' EXIT
+failed() {
+  local rc=$?
+  if [ $rc != 0 ]; then echo "setup: step \"$step_name\" failed with status $rc; the lines above say why" >&2; fi
+}
+trap failed EXIT
 step() {
   step_name=$1
   echo "setup: [$(date +%H:%M:%S)] $1"

@@ -206,9 +206,9 @@ def test_deadline_and_cancellation_reach_the_server(stripes):
             client.prefill(IDS, timeout=0.5, stripes=stripes)
         assert server.cancelled.wait(5)
     with FakeServer(never_end=True) as server, vsprefill.PrefillClient(server.address) as client:
-        for layer in client.stream(IDS, stripes=stripes):
-            break  # an abandoned iterator cancels the call
-        del layer
+        layers = iter(client.stream(IDS, stripes=stripes))
+        next(layers)
+        del layers  # an abandoned iterator cancels the call
         assert server.cancelled.wait(5)
 
 
