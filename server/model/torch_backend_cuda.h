@@ -2,13 +2,17 @@
 #pragma once
 
 #include <memory>
+#include <string>
 
 #include "absl/status/statusor.h"
 #include "server/model/torch_backend.h"
 
 namespace vsprefill::model {
 
-/// UNAVAILABLE where there is no usable GPU; one line says why.
+/// One line about the GPU that would be used. UNAVAILABLE where there is none; one line says why.
+absl::StatusOr<std::string> DescribeGpu();
+
+/// UNAVAILABLE as DescribeGpu.
 absl::StatusOr<std::unique_ptr<TorchBackend>> CreateCudaBackend();
 
 }  // namespace vsprefill::model

@@ -38,6 +38,20 @@ absl::Status TorchLinear(const LinearArgs& args, kernels::DeviceKind device) {
   });
 }
 
+absl::Status TorchEmbed(absl::Span<const int32_t> ids, const void* table, int64_t vocab,
+                        int64_t width, kernels::DType dtype, void* out,
+                        kernels::DeviceKind device) {
+  return TorchGuard("embedding", [&] {
+    const c10::InferenceMode inference;
+    const int64_t rows = static_cast<int64_t>(ids.size());
+    const at::Tensor index =
+        at::from_blob(const_cast<int32_t*>(ids.data()), {rows}, at::kInt).to(ToDevice(device));
+    at::Tensor target = Wrap(out, {rows, width}, dtype, device);
+    at::index_select_out(target, Wrap(table, {vocab, width}, dtype, device), 0, index);
+    return absl::OkStatus();
+  });
+}
+
 absl::Status TorchScore(const void* logits, int64_t vocab, kernels::DType dtype,
                         absl::Span<const int32_t> targets, float* log_probs, uint8_t* top1,
                         kernels::DeviceKind device) {

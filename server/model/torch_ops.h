@@ -10,6 +10,8 @@
 namespace vsprefill::model {
 
 absl::Status TorchLinear(const LinearArgs& args, kernels::DeviceKind device);
+absl::Status TorchEmbed(absl::Span<const int32_t> ids, const void* table, int64_t vocab,
+                        int64_t width, kernels::DType dtype, void* out, kernels::DeviceKind device);
 absl::Status TorchScore(const void* logits, int64_t vocab, kernels::DType dtype,
                         absl::Span<const int32_t> targets, float* log_probs, uint8_t* top1,
                         kernels::DeviceKind device);
