@@ -92,6 +92,8 @@ int NumWorkers() { return Runner().num_workers(); }
 
 namespace internal {
 
+int CurrentWorker() { return current_worker < 0 ? 0 : current_worker; }
+
 void RunOnWorkers(void (*body)(void*, int), void* context) {
   if (current_worker >= 0) {
     body(context, current_worker);

@@ -10,6 +10,8 @@ namespace internal {
 /// Runs body(context, worker) on every worker of the installed runner; runs it once, as the calling
 /// worker, where the caller is itself inside such a body (nested loops stay on their thread).
 void RunOnWorkers(void (*body)(void* context, int worker), void* context);
+/// The worker that the calling thread is inside a loop body; 0 outside of one.
+int CurrentWorker();
 }  // namespace internal
 
 template <typename Fn>
@@ -29,7 +31,7 @@ void ParallelFor(int64_t num_tasks, const Fn& fn) {
     }
   };
   if (num_tasks == 1) {
-    body(&context, 0);
+    body(&context, internal::CurrentWorker());
   } else {
     internal::RunOnWorkers(body, &context);
   }

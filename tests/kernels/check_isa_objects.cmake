@@ -1,0 +1,25 @@
+# The objects built with wide instructions must export nothing that the linker could pick for common
+# code: no weak or unique symbol, and of strong ones only the kernel table.
+#   cmake -DNM=nm -DOBJECTS="a.o;b.o" -P check_isa_objects.cmake
+set(checked 0)
+foreach(object IN LISTS OBJECTS)
+  if(NOT object MATCHES "/isa_avx[^/]*\\.o$")
+    continue()
+  endif()
+  execute_process(COMMAND ${NM} --defined-only --extern-only -C ${object}
+    OUTPUT_VARIABLE symbols RESULT_VARIABLE status)
+  if(NOT status EQUAL 0)
+    message(FATAL_ERROR "nm failed on ${object}")
+  endif()
+  string(REGEX REPLACE "\n$" "" symbols "${symbols}")
+  string(REPLACE "\n" ";" symbols "${symbols}")
+  foreach(symbol IN LISTS symbols)
+    if(NOT symbol MATCHES " T vsprefill::kernels::cpu::Avx[0-9A-Za-z]*Kernels\\(\\)$")
+      message(FATAL_ERROR "${object} exports: ${symbol}")
+    endif()
+  endforeach()
+  math(EXPR checked "${checked} + 1")
+endforeach()
+if(NOT checked EQUAL 3)
+  message(FATAL_ERROR "expected 3 objects of instruction sets, found ${checked}")
+endif()
