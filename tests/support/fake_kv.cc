@@ -36,19 +36,18 @@ uint64_t Sum(const std::string& payload) {
   return client::Checksum({piece});
 }
 
-v1::KvChunk MakeChunk(const client::KvShape& shape, int layer, int64_t begin, int64_t end) {
+v1::KvChunk MakeChunk(const client::KvShape& shape, const RowFn& row, int layer, int64_t begin,
+                      int64_t end) {
   v1::KvChunk c;
   c.set_layer(static_cast<uint32_t>(layer));
   c.set_token_begin(static_cast<uint64_t>(begin));
   c.set_token_end(static_cast<uint64_t>(end));
-  const int64_t row_bytes = shape.layout.head_dim * kernels::SizeOf(shape.layout.dtype);
   std::string payload;
   for (bool is_v : {false, true}) {
     for (int h = 0; h < shape.layout.num_kv_heads; ++h) {
       for (int64_t t = begin; t < end; ++t) {
-        for (int64_t i = 0; i < row_bytes; ++i) {
-          payload.push_back(static_cast<char>(FakeKvByte(layer, is_v, h, t, i)));
-        }
+        const absl::Span<const uint8_t> bytes = row(layer, is_v, h, t);
+        payload.append(reinterpret_cast<const char*>(bytes.data()), bytes.size());
       }
     }
   }
@@ -131,12 +130,23 @@ v1::KvLayout ToProto(const client::KvShape& shape) {
 }
 
 FakeKv MakeFakeKv(const client::KvShape& shape, KvFault fault) {
+  std::vector<uint8_t> bytes(shape.layout.head_dim * kernels::SizeOf(shape.layout.dtype));
+  const auto row = [&](int layer, bool is_v, int head, int64_t token) {
+    for (size_t i = 0; i < bytes.size(); ++i) {
+      bytes[i] = FakeKvByte(layer, is_v, head, token, static_cast<int64_t>(i));
+    }
+    return absl::Span<const uint8_t>(bytes);
+  };
+  return MakeKvFrom(shape, row, fault);
+}
+
+FakeKv MakeKvFrom(const client::KvShape& shape, const RowFn& row, KvFault fault) {
   FakeKv kv;
   for (int64_t begin = shape.start_token; begin < shape.prompt_tokens;
        begin += shape.chunk_tokens) {
     const int64_t end = std::min(begin + shape.chunk_tokens, shape.prompt_tokens);
     for (int l = 0; l < shape.layout.num_layers; ++l) {
-      kv.chunks.push_back(MakeChunk(shape, l, begin, end));
+      kv.chunks.push_back(MakeChunk(shape, row, l, begin, end));
     }
   }
   MakeManifest(shape, kv);
@@ -172,7 +182,7 @@ FakeKv MakeFakeKv(const client::KvShape& shape, KvFault fault) {
       victim.set_checksum(Sum(victim.payload()));
       break;
     case KvFault::kOverlap:
-      last = MakeChunk(shape, last_layer, static_cast<int64_t>(last.token_begin()) - 1,
+      last = MakeChunk(shape, row, last_layer, static_cast<int64_t>(last.token_begin()) - 1,
                        static_cast<int64_t>(last.token_end()));
       break;
     case KvFault::kDuplicate:
@@ -183,7 +193,7 @@ FakeKv MakeFakeKv(const client::KvShape& shape, KvFault fault) {
       victim.set_layer(static_cast<uint32_t>(last_layer + 4 * 12));
       break;
     case KvFault::kTokensOutOfRange:
-      last = MakeChunk(shape, last_layer, static_cast<int64_t>(last.token_begin()),
+      last = MakeChunk(shape, row, last_layer, static_cast<int64_t>(last.token_begin()),
                        shape.prompt_tokens + 1);
       break;
     case KvFault::kEmptyRange:

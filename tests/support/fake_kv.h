@@ -3,9 +3,11 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
+#include "absl/types/span.h"
 #include "client/cc/types.h"
 #include "vsprefill/v1/kv.pb.h"
 
@@ -48,5 +50,10 @@ struct FakeKv {
   v1::KvManifest manifest;
 };
 FakeKv MakeFakeKv(const client::KvShape& shape, KvFault fault = KvFault::kNone);
+
+/// The same with the bytes that `row` gives: head_dim elements of (layer, K or V, head, token).
+using RowFn =
+    std::function<absl::Span<const uint8_t>(int layer, bool is_v, int head, int64_t token)>;
+FakeKv MakeKvFrom(const client::KvShape& shape, const RowFn& row, KvFault fault = KvFault::kNone);
 
 }  // namespace vsprefill::testing

@@ -50,6 +50,11 @@ client::KvShape FakePrefillServer::ShapeOf(const v1::PrefillRequest& request) co
   return shape;
 }
 
+FakeKv FakePrefillServer::MakeKv(const v1::PrefillRequest& request) const {
+  const client::KvShape shape = ShapeOf(request);
+  return options_.make_kv ? options_.make_kv(shape) : MakeFakeKv(shape, options_.kv_fault);
+}
+
 v1::PrefillEvent FakePrefillServer::AcceptedEvent(const v1::PrefillRequest& request,
                                                   int stripe) const {
   client::KvShape shape = ShapeOf(request);
@@ -79,7 +84,7 @@ grpc::Status FakePrefillServer::Prefill(grpc::ServerContext* context,
   }
   if (options_.refuse) return Refuse(context);
   const StreamFault fault = options_.stream_fault;
-  const FakeKv kv = MakeFakeKv(ShapeOf(*request), options_.kv_fault);
+  const FakeKv kv = MakeKv(*request);
   const uint32_t stripes = std::max<uint32_t>(request->stripes(), 1);
   v1::PrefillEvent event;
   if (fault != StreamFault::kNotAccepted) out->Write(AcceptedEvent(*request, 0));
@@ -143,7 +148,7 @@ grpc::Status FakePrefillServer::Attach(grpc::ServerContext* context,
     }
     request = it->second;
   }
-  const FakeKv kv = MakeFakeKv(ShapeOf(request), options_.kv_fault);
+  const FakeKv kv = MakeKv(request);
   out->Write(AcceptedEvent(request, static_cast<int>(attach->stripe())));
   v1::PrefillEvent event;
   for (const v1::KvChunk& c : kv.chunks) {

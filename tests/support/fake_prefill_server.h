@@ -5,6 +5,7 @@
 #include <grpcpp/server.h>
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -38,6 +39,8 @@ enum class StreamFault {
 struct FakeServerOptions {
   client::KvShape shape = SmallShape();  // prompt_tokens and start_token come from the request
   KvFault kv_fault = KvFault::kNone;
+  /// Where the chunks come from if not from the formula.
+  std::function<FakeKv(const client::KvShape& shape)> make_kv;
   StreamFault stream_fault = StreamFault::kNone;
   grpc::Status error;  // of kError, and of every call if `refuse`
   bool refuse = false;
@@ -70,6 +73,7 @@ class FakePrefillServer final : public v1::PrefillService::Service {
   grpc::Status Refuse(grpc::ServerContext* context) const;
   v1::PrefillEvent AcceptedEvent(const v1::PrefillRequest& request, int stripe) const;
   client::KvShape ShapeOf(const v1::PrefillRequest& request) const;
+  FakeKv MakeKv(const v1::PrefillRequest& request) const;
 
   const FakeServerOptions options_;
   mutable absl::Mutex mu_;
