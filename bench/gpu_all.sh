@@ -7,7 +7,7 @@
 # Libraries of torch and CUDA are those of the python3 (or $PYTHON) that can import torch.
 # STEPS="tests base memcheck racecheck synccheck bench torch" picks steps. Exit code 0: all that ran passed.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 dir=${1:-.carry}
 out=${OUT:-gpu_out}
 python=${PYTHON:-python3}
@@ -33,7 +33,10 @@ find_program_in() {
 tests=$(find_program_in cuda_kernels_test)
 base=$(find_program_in base_cuda_test)
 bench=$(find_program_in kernel_bench)
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
+sanitizer=$(command -v compute-sanitizer)
+for candidate in /usr/local/cuda*/bin/compute-sanitizer; do
+  if [[ -z $sanitizer && -x $candidate ]]; then sanitizer=$candidate; fi
+done
 
 rows=()
 failed=0

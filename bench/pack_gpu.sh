@@ -12,7 +12,7 @@ dest=${2:-.carry}
 programs=(tests/cuda_kernels_test tests/base_cuda_test bin/kernel_bench bin/vsprefill-server bin/vsprefill-decode
   bin/vsprefill bin/vsprefill-distill)
 
-rm -rf "$dest"
+rm -rf "${dest:?}/bin" "${dest:?}/lib"  # other files there stay: models, corpora
 mkdir -p "$dest/bin" "$dest/lib"
 for program in "${programs[@]}"; do
   if [[ ! -x $build/$program ]]; then
