@@ -71,6 +71,12 @@ absl::Status Engine::Compute(Job& job, kv::KvCache& cache) {
   VSP_RETURN_IF_ERROR(transformer_.CopyToDevice(result.counts.data(), count_bytes, counts.data()));
 
   FirstToken first_token;
+  // CUDA: marks before the first layer and after each, per step; the last one after the logits.
+  std::vector<std::vector<kv::LayerMark>> marks(plan.num_steps());
+  const auto mark_now = [&](int64_t step) -> absl::Status {
+    VSP_ASSIGN_OR_RETURN(marks[step].emplace_back(), stager_.MarkLayer(transformer_.stream()));
+    return absl::OkStatus();
+  };
   for (int64_t step = 0; step < plan.num_steps(); ++step) {
     const int64_t begin = plan.step_begin(step), end = plan.step_end(step);
     model::SequenceChunk chunk;
@@ -82,12 +88,13 @@ absl::Status Engine::Compute(Job& job, kv::KvCache& cache) {
 
     const bool last = end == num_tokens;
     absl::Time layer_begin = absl::Now();
+    VSP_RETURN_IF_ERROR(mark_now(step));
     model::ForwardOptions forward;
     forward.method = &job.method();
     forward.logits = last ? model::LogitsMode::kLast : model::LogitsMode::kNone;
     forward.after_layer = [&](int layer) -> absl::Status {
-      VSP_ASSIGN_OR_RETURN(kv::LayerMark mark, stager_.MarkLayer(transformer_.stream()));
-      job.source().MarkReady(step, layer, std::move(mark));
+      VSP_RETURN_IF_ERROR(mark_now(step));
+      job.source().MarkReady(step, layer, marks[step].back());
       sender_->Wake();
       const absl::Time now = absl::Now();
       last_progress_nanos_.store(absl::ToUnixNanos(now));
@@ -103,12 +110,24 @@ absl::Status Engine::Compute(Job& job, kv::KvCache& cache) {
     if (!last) continue;
     // Logits on the host: everything enqueued before them has been computed.
     if (!is_cpu) result.end = absl::Now();
+    VSP_RETURN_IF_ERROR(mark_now(step));
     if (output.logits.empty()) return absl::InternalError("the model returned no logits");
     VSP_ASSIGN_OR_RETURN(first_token.token_id, Greedy(output.logits[0]));
     if (request.want_logits) first_token.logits = std::move(output.logits[0]);
   }
   job.PublishFirstToken(std::move(first_token));
   VSP_RETURN_IF_ERROR(transformer_.CopyToHost(counts.data(), count_bytes, result.counts.data()));
+  if (!is_cpu) {
+    for (const std::vector<kv::LayerMark>& step : marks) {
+      for (int layer = 0; layer < num_layers; ++layer) {
+        const auto duration = stager_.Elapsed(step[layer], step[layer + 1]);
+        if (duration.has_value()) metrics_.LayerComputed(*duration);
+      }
+    }
+    const std::vector<kv::LayerMark>& last = marks.back();
+    result.end -=
+        stager_.Elapsed(last[num_layers], last[num_layers + 1]).value_or(absl::ZeroDuration());
+  }
   job.PublishResult(std::move(result));
   return absl::OkStatus();
 }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "kernels/tensor_view.h"
 #include "server/kv/chunk_plan.h"
 #include "server/kv/kv_cache.h"
@@ -50,6 +51,10 @@ class KvStager {
 
   /// Engine thread, right after a layer was computed or enqueued on `stream`.
   virtual absl::StatusOr<LayerMark> MarkLayer(kernels::Stream stream) = 0;
+  /// Device time between two marks that were reached; nullopt where marks do not tell.
+  virtual std::optional<absl::Duration> Elapsed(const LayerMark& begin, const LayerMark& end) {
+    return std::nullopt;
+  }
   /// Sender thread. A null pointer where the staging memory is full: try again after a release.
   /// `checksum` is taken over instead of computed where it is known. INTERNAL on a device error.
   virtual absl::StatusOr<std::shared_ptr<StagedChunk>> Stage(std::shared_ptr<KvCache> cache,
