@@ -174,18 +174,18 @@ MethodSpec VsPrefillSpec() {
   spec.needs_indexer = true;
   spec.parameters = {
       {"rule", 0, 0, 1, "0: mass per unit of cost above threshold; 1: cumulative mass tau", true},
-      {"threshold", 3, 0, 1e6, "rule 0: least mass per pair, in units of 1/n; more is sparser"},
+      {"threshold", 2.8, 0, 1e6, "rule 0: least mass per pair, in units of 1/n; more is sparser"},
       {"tau_vertical", 0.9, 0, 1, "rule 1: share of the vertical mass to keep"},
       {"tau_slash", 0.9, 0, 1, "rule 1: share of the slash mass to keep"},
-      {"sink_tokens", 64, 0, kMaxTokens, "first tokens that every row reads", true},
+      {"sink_tokens", 16, 0, kMaxTokens, "first tokens that every row reads", true},
       {"local_tokens", 128, 128, kMaxTokens, "nearest tokens that every row reads", true},
       {"last_dense_tokens", 64, 0, kMaxTokens, "last rows of the prompt that read everything",
        true},
       {"min_vertical_ratio", 0, 0, 1, "least share of the tokens kept as columns"},
       {"min_slash_ratio", 0, 0, 1, "least share of the blocks of distances kept as bands"},
-      {"max_density", 1, 0, 1, "cap on the estimated density of a chunk, forced parts excepted"},
+      {"max_density", 1, 0, 1, "cap on the estimated density of each layer and group in a chunk"},
       {"dense_layers", 0, 0, 1e4, "first layers that stay dense", true},
-      {"dense_below", 0, 0, kMaxTokens, "prompts with fewer tokens are computed densely", true},
+      {"dense_below", 2048, 0, kMaxTokens, "prompts with fewer tokens are computed densely", true},
   };
   spec.create = [](const MethodContext& context, const std::map<std::string, double>& parameters) {
     return std::make_unique<VsPrefill>(context, parameters);
