@@ -93,15 +93,15 @@ absl::Status Engine::Compute(Job& job, kv::KvCache& cache) {
     forward.method = &job.method();
     forward.logits = last ? model::LogitsMode::kLast : model::LogitsMode::kNone;
     forward.after_layer = [&](int layer) -> absl::Status {
+      const absl::Time now = absl::Now();
+      if (layer == num_layers - 1) result.end = now;
+      // On CUDA this is when the layer was enqueued, which says nothing about its compute.
+      if (is_cpu) metrics_.LayerComputed(now - layer_begin);
       VSP_RETURN_IF_ERROR(mark_now(step));
       job.source().MarkReady(step, layer, marks[step].back());
       sender_->Wake();
-      const absl::Time now = absl::Now();
       last_progress_nanos_.store(absl::ToUnixNanos(now));
-      // On CUDA this is when the layer was enqueued, which says nothing about its compute.
-      if (is_cpu) metrics_.LayerComputed(now - layer_begin);
-      layer_begin = now;
-      if (layer == num_layers - 1) result.end = now;
+      layer_begin = absl::Now();
       return job.CheckAlive();
     };
     VSP_ASSIGN_OR_RETURN(model::ForwardResult output,
