@@ -33,6 +33,8 @@ ABSL_FLAG(std::string, heldout, "", "token file of texts that training never see
 ABSL_FLAG(std::string, out, "", "indexer.safetensors to write");
 ABSL_FLAG(int, hidden, 512, "hidden width; 256 halves the indexer's cost and size");
 ABSL_FLAG(int64_t, steps, 400, "optimiser steps");
+ABSL_FLAG(double, max_seconds, 0,
+          "end the training in good order (rate cooled down) when this has passed; 0: no limit");
 ABSL_FLAG(int64_t, texts_per_step, 4, "texts whose gradients are added before each step");
 ABSL_FLAG(std::vector<std::string>, lengths,
           std::vector<std::string>({"1024", "2048", "4096", "8192"}),
@@ -246,6 +248,7 @@ absl::Status Main() {
   if (evaluate.max_tiles == 0 && !cuda) evaluate.max_tiles = 12;
   train.hidden = absl::GetFlag(FLAGS_hidden);
   train.steps = absl::GetFlag(FLAGS_steps);
+  train.max_seconds = absl::GetFlag(FLAGS_max_seconds);
   train.texts_per_step = absl::GetFlag(FLAGS_texts_per_step);
   train.learning_rate = absl::GetFlag(FLAGS_learning_rate);
   train.warmup_steps = absl::GetFlag(FLAGS_warmup_steps);

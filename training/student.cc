@@ -27,13 +27,15 @@ torch::Tensor KlDivergence(const torch::Tensor& target, const torch::Tensor& log
   return (torch::xlogy(target, target) - target * torch::log_softmax(logits, -1)).sum(-1);
 }
 
-/// True mass of the items with the best score per cost that fit into `budget` of the total cost.
+/// True mass of the items with the best score per cost, until `budget` of the total cost is
+/// reached: the item that crosses it still counts, so that short texts with few blocks have a
+/// figure too.
 torch::Tensor MassAtCost(const torch::Tensor& mass, const torch::Tensor& predicted,
                          const torch::Tensor& cost, double budget) {
   const torch::Tensor order = torch::argsort(predicted / cost, -1, /*descending=*/true);
-  const torch::Tensor spent =
-      torch::cumsum(cost.expand_as(predicted).gather(-1, order), -1) / cost.sum();
-  return (mass.gather(-1, order) * (spent <= budget)).sum(-1);
+  const torch::Tensor ordered = cost.expand_as(predicted).gather(-1, order);
+  const torch::Tensor spent_before = (torch::cumsum(ordered, -1) - ordered) / cost.sum();
+  return (mass.gather(-1, order) * (spent_before < budget)).sum(-1);
 }
 
 }  // namespace

@@ -28,15 +28,19 @@ double Smooth(double old_value, double new_value, bool first) {
 
 }  // namespace
 
-double LearningRate(const TrainOptions& options, int64_t step) {
-  if (step < options.warmup_steps) {
-    return options.learning_rate * (step + 1) / options.warmup_steps;
-  }
+double TrainedShare(const TrainOptions& options, int64_t step, double elapsed_seconds) {
   const double span = std::max<int64_t>(1, options.steps - options.warmup_steps);
-  const double progress = std::min(1.0, (step - options.warmup_steps) / span);
+  const double by_steps = std::max<int64_t>(0, step - options.warmup_steps) / span;
+  const double by_time = options.max_seconds > 0 ? elapsed_seconds / options.max_seconds : 0;
+  return std::min(1.0, std::max(by_steps, by_time));
+}
+
+double LearningRate(const TrainOptions& options, int64_t step, double elapsed_seconds) {
+  const double warm = std::min(1.0, (step + 1.0) / std::max<int64_t>(1, options.warmup_steps));
+  const double share = TrainedShare(options, step, elapsed_seconds);
   const double low = options.final_rate_share;
-  return options.learning_rate *
-         (low + (1 - low) * 0.5 * (1 + std::cos(std::numbers::pi * progress)));
+  return options.learning_rate * warm *
+         (low + (1 - low) * 0.5 * (1 + std::cos(std::numbers::pi * share)));
 }
 
 Trainer::Trainer(const TrainOptions& options, const StudentShape& shape, torch::Device device)
@@ -47,7 +51,7 @@ Trainer::Trainer(const TrainOptions& options, const StudentShape& shape, torch::
                                             .weight_decay(options.weight_decay)) {}
 
 absl::StatusOr<KlLoss> Trainer::Step(const SampleSource& source) {
-  const double rate = LearningRate(options_, step_);
+  const double rate = LearningRate(options_, step_, elapsed_seconds_);
   for (auto& group : optimizer_.param_groups()) group.options().set_lr(rate);
   optimizer_.zero_grad();
   const double weight = 1.0 / options_.texts_per_step;
@@ -149,16 +153,18 @@ absl::StatusOr<TrainResult> Trainer::Run(Teacher& teacher, const Corpus& corpus)
   }
 
   const absl::Time start = absl::Now();
-  const int64_t first_step = step_, tail_begin = options_.steps - (options_.steps + 9) / 10;
+  const int64_t first_step = step_;
   Progress progress(options_.steps, step_);
   TrainResult result;
   KlLoss shown;
   int64_t tail_steps = 0, recall_readings = 0;
   double recall = 0;
-  while (step_ < options_.steps) {
+  bool last = step_ >= options_.steps;
+  while (!last) {
+    elapsed_seconds_ = absl::ToDoubleSeconds(absl::Now() - start);
     const int64_t step = step_;
-    const bool in_tail = step >= tail_begin;
-    const bool read_recall = step % kRecallEvery == 0 || step + 1 == options_.steps;
+    const bool in_tail = TrainedShare(options_, step, elapsed_seconds_) >= 0.9;
+    const bool read_recall = step % kRecallEvery == 0 || step + 1 == options_.steps || in_tail;
     auto source = [&](int64_t i) -> absl::StatusOr<Sample> {
       VSP_ASSIGN_OR_RETURN(
           const Capture capture,
@@ -185,7 +191,9 @@ absl::StatusOr<TrainResult> Trainer::Run(Teacher& teacher, const Corpus& corpus)
     progress.Update(step_,
                     absl::StrFormat("KL vertical %.4f slash %.4f  recall@10%% %.3f  %d tokens",
                                     shown.vertical, shown.slash, recall, tokens_));
-    const bool last = step_ == options_.steps;
+    last = step_ >= options_.steps ||
+           (options_.max_seconds > 0 &&
+            absl::ToDoubleSeconds(absl::Now() - start) >= options_.max_seconds);
     if (!options_.checkpoint.empty() && (step_ % options_.checkpoint_every == 0 || last)) {
       VSP_RETURN_IF_ERROR(Save(options_.checkpoint, weights_id));
     }

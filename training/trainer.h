@@ -17,7 +17,8 @@
 namespace vsprefill::training {
 
 struct TrainOptions {
-  int64_t steps = 400;         // optimiser steps
+  int64_t steps = 400;     // optimiser steps
+  double max_seconds = 0;  // ends (and cools the rate) earlier if this passes first; 0: no limit
   int64_t texts_per_step = 4;  // gradients accumulated before each
   double learning_rate = 1e-3;
   int64_t warmup_steps = 20;
@@ -34,13 +35,16 @@ struct TrainOptions {
   bool resume = false;  // from `checkpoint` where it exists
 };
 
-/// Learning rate at `step` in [0, steps): linear warm-up, then cosine.
-double LearningRate(const TrainOptions& options, int64_t step);
+/// Share of the training that is over, in [0, 1]: by steps after the warm-up or by time, whichever
+/// is further.
+double TrainedShare(const TrainOptions& options, int64_t step, double elapsed_seconds);
+/// Learning rate at `step`: linear warm-up, then cosine over the share.
+double LearningRate(const TrainOptions& options, int64_t step, double elapsed_seconds);
 
 struct TrainResult {
   int64_t steps = 0, texts = 0, tokens = 0;
   double seconds = 0;
-  KlLoss loss;        // mean of the last tenth of the steps
+  KlLoss loss;        // mean of the last tenth of the training
   double recall = 0;  // proxy, mean of the last tenth of its readings
 };
 
@@ -75,6 +79,7 @@ class Trainer {
   Student student_;
   torch::optim::AdamW optimizer_;
   int64_t step_ = 0, tokens_ = 0;
+  double elapsed_seconds_ = 0;  // of this Run, as of the current step's beginning
 };
 
 /// Mean loss over held-out texts.

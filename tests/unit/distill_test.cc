@@ -163,10 +163,16 @@ TEST(TrainerTest, LearningRateWarmsUpAndFallsToItsShare) {
   options.warmup_steps = 10;
   options.learning_rate = 1;
   options.final_rate_share = 0.1;
-  EXPECT_NEAR(LearningRate(options, 0), 0.1, 1e-12);
-  EXPECT_NEAR(LearningRate(options, 9), 1, 1e-12);
-  EXPECT_NEAR(LearningRate(options, 55), 0.55, 1e-12);
-  EXPECT_NEAR(LearningRate(options, 100), 0.1, 1e-12);
+  EXPECT_NEAR(LearningRate(options, 0, 0), 0.1, 1e-12);
+  EXPECT_NEAR(LearningRate(options, 9, 0), 1, 1e-12);
+  EXPECT_NEAR(LearningRate(options, 55, 0), 0.55, 1e-12);
+  EXPECT_NEAR(LearningRate(options, 100, 0), 0.1, 1e-12);
+  EXPECT_NEAR(LearningRate(options, 55, 1e9), 0.55, 1e-12) << "no time limit";
+  options.max_seconds = 10;
+  EXPECT_NEAR(LearningRate(options, 20, 5), 0.55, 1e-12)
+      << "half the time counts as half the steps";
+  EXPECT_NEAR(LearningRate(options, 20, 10), 0.1, 1e-12);
+  EXPECT_EQ(TrainedShare(options, 20, 11), 1);
 }
 
 TEST(TrainerTest, ACheckpointContinuesAsIfNothingHadHappened) {
