@@ -41,8 +41,8 @@ OURS = ("kernels/", "server/", "client/", "training/", "bench/", "tests/")
 
 # Header pattern -> patterns of the files that may include it.
 LIBRARIES = [
-    (r"(torch|ATen|c10)/", [r"server/model/[^/]+\.(cc|cu)$", r"server/model/torch_[^/]+\.h$", r"training/", r"client/decode/",
-                            r"bench/", r"tests/"]),
+    (r"(torch|ATen|c10)/", [r"server/model/[^/]+\.cc$", r"server/model/torch_[^/]+\.h$", r"training/",
+                            r"client/decode/", r"bench/", r"tests/"]),
     (r"(grpc|grpcpp)/|.*\.pb\.h$", [r"server/rpc/", r"client/", r"tests/", r"bench/"]),
     (r"prometheus/", [r"server/metrics/", r"tests/"]),
     (r"(cuda|cublas|curand|nvtx3/|cute/|cutlass/|mma\.h)", [r"kernels/cuda/", r"server/base/[^/]*_cuda\.(cc|h)$",
@@ -61,10 +61,11 @@ def may_include(path, header):
     folder = folder_of(path)
     if folder is None:
         return True
-    allowed = [*LAYERS[folder], folder]
     if folder_of(header) == folder:
         return True
-    return any(header == entry or header.startswith(entry + "/") for entry in allowed if entry != folder)
+    # A folder's entry for itself must not let it into its sub-folders, unless it is listed.
+    allowed = LAYERS[folder]
+    return any(header == entry or header.startswith(entry + "/") for entry in allowed)
 
 
 def check(path, text):

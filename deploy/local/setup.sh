@@ -5,7 +5,7 @@
 #
 #   deploy/local/setup.sh [--fixtures] [--ci]
 #
-#   --fixtures   also make the tiny test models (models/fixtures)
+#   --fixtures   also make the tiny test models and the expected tokens (some minutes once)
 #   --ci         also install the formatter and the linters that .ci/run uses
 #
 # Environment: VSP_PYTHON (default python3, 3.11 or newer) makes .venv.
@@ -118,11 +118,21 @@ if ! grep -qs . models/SmolLM2-135M-Instruct/conversion.json || ! done_before mo
   mark_done model deploy/local/make_model.py
 fi
 
+# The indexer that vsprefill-distill trained for this model; the server looks for it in the model's directory.
+indexer=deploy/local/indexer.safetensors
+if [ -f $indexer ] && ! cmp -s $indexer models/SmolLM2-135M-Instruct/indexer.safetensors; then
+  cp $indexer models/SmolLM2-135M-Instruct/.indexer.tmp
+  mv models/SmolLM2-135M-Instruct/.indexer.tmp models/SmolLM2-135M-Instruct/indexer.safetensors
+fi
+
 if [ $fixtures = 1 ]; then
   step "test models"
-  if ! done_before fixtures tests/golden/make_fixtures.py deploy/local/prompts/document.txt; then
+  fixture_inputs=(tests/golden/make_fixtures.py tests/golden/make_expected_tokens.py deploy/local/make_model.py
+    deploy/local/prompts/document.txt deploy/local/prompts/question.txt)
+  if ! done_before fixtures "${fixture_inputs[@]}"; then
     .venv/bin/python tests/golden/make_fixtures.py
-    mark_done fixtures tests/golden/make_fixtures.py deploy/local/prompts/document.txt
+    .venv/bin/python tests/golden/make_expected_tokens.py
+    mark_done fixtures "${fixture_inputs[@]}"
   fi
 fi
 step_name="end"

@@ -12,6 +12,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes more than ten seconds; tests/run.sh --quick leaves it out")
+
+
 @pytest.fixture(scope="session")
 def model_dir():
     return ROOT / "models/SmolLM2-135M-Instruct"
