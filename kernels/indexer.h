@@ -15,8 +15,8 @@ namespace vsprefill::kernels {
 
 inline constexpr int kSlashBuckets = 128;
 
-/// Log-spaced bucket of an offset: 0..31 one each, then 8 per octave up to 128 buckets (covers offsets up to 2^17 and
-/// beyond; larger ones share the last).
+/// Log-spaced bucket of an offset: 0..31 one each, then 8 per octave up to 128 buckets (covers
+/// offsets up to 2^17 and beyond; larger ones share the last).
 constexpr int SlashBucket(int64_t offset) {
   if (offset < 32) return static_cast<int>(offset);
   int octave = 0;
@@ -34,7 +34,8 @@ constexpr int SlashBucket(int64_t offset) {
 struct IndexerLayer {
   int num_groups = 0, head_dim = 0, hidden = 0;
   DType weight_dtype = DType::kBF16;
-  const void* w1 = nullptr;   // [num_groups, hidden, 2 * head_dim]; columns: key half, value half (feature scales folded in)
+  const void* w1 = nullptr;   // [num_groups, hidden, 2 * head_dim]; columns: key half, value half
+                              // (feature scales folded in)
   const float* b1 = nullptr;  // [num_groups, hidden]
   const float* w2 = nullptr;  // [num_groups, 2, hidden]; row 0 vertical, row 1 slash
   const float* b2 = nullptr;  // [num_groups, 2]
@@ -47,12 +48,14 @@ struct IndexerInput {
   int64_t head_stride = 0, token_stride = 0;
   DType dtype = DType::kBF16;
   int64_t token_begin = 0, token_end = 0;  // tokens to score; k and v point at token 0
-  float* vertical_logits = nullptr;        // float32 [num_groups, logit_stride]; [.., token_begin:token_end] written
+  float* vertical_logits =
+      nullptr;  // float32 [num_groups, logit_stride]; [.., token_begin:token_end] written
   float* slash_logits = nullptr;
   int64_t logit_stride = 0;
 };
 
-using IndexerFn = KernelStatus (*)(const IndexerLayer& layer, const IndexerInput& input, Stream stream);
+using IndexerFn = KernelStatus (*)(const IndexerLayer& layer, const IndexerInput& input,
+                                   Stream stream);
 KernelStatus IndexerRef(const IndexerLayer& layer, const IndexerInput& input, Stream stream);
 KernelStatus IndexerCpu(const IndexerLayer& layer, const IndexerInput& input, Stream stream);
 KernelStatus IndexerCuda(const IndexerLayer& layer, const IndexerInput& input, Stream stream);

@@ -11,8 +11,8 @@ namespace vsprefill::kernels {
 
 /// residual += delta (where delta is not null); out = residual / rms(residual) * weight.
 struct RmsNormArgs {
-  void* residual = nullptr;     // [tokens, width], in-place when delta is set
-  const void* delta = nullptr;  // [tokens, width] or null
+  void* residual = nullptr;      // [tokens, width], in-place when delta is set
+  const void* delta = nullptr;   // [tokens, width] or null
   const void* weight = nullptr;  // [width], same dtype
   void* out = nullptr;           // [tokens, width]; may be null (only the addition)
   int64_t tokens = 0, width = 0;
@@ -20,8 +20,9 @@ struct RmsNormArgs {
   DType dtype = DType::kBF16;
 };
 
-/// Splits a projected row [q | k | v], optionally RMS-normalises q and k per head (Qwen3), rotates q and k (RoPE, half-split
-/// pairs (i, i + head_dim/2) as in Hugging Face), writes q back in place and appends k, v to the cache.
+/// Splits a projected row [q | k | v], optionally RMS-normalises q and k per head (Qwen3), rotates
+/// q and k (RoPE, half-split pairs (i, i + head_dim/2) as in Hugging Face), writes q back in place
+/// and appends k, v to the cache.
 struct QkvRopeAppendArgs {
   void* qkv = nullptr;  // [tokens, (num_q_heads + 2 * num_kv_heads) * head_dim]
   int64_t tokens = 0;
@@ -29,10 +30,11 @@ struct QkvRopeAppendArgs {
   const void* q_norm = nullptr;  // [head_dim] or null
   const void* k_norm = nullptr;
   float norm_eps = 1e-6f;
-  const float* cos = nullptr;  // [>= position_begin + tokens, head_dim / 2], attention scaling included
+  const float* cos =
+      nullptr;  // [>= position_begin + tokens, head_dim / 2], attention scaling included
   const float* sin = nullptr;
   int64_t position_begin = 0;  // position of row 0
-  void* k_cache = nullptr;     // [num_kv_heads, capacity, head_dim]; rows position_begin.. are written
+  void* k_cache = nullptr;  // [num_kv_heads, capacity, head_dim]; rows position_begin.. are written
   void* v_cache = nullptr;
   int64_t cache_head_stride = 0;  // elements
   DType dtype = DType::kBF16;

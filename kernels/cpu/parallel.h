@@ -1,5 +1,6 @@
-// How CPU kernels use threads. One pool serves the process: the model installs LibTorch's intra-op pool, so that kernels and
-// linear layers never compete for cores; without an installed runner a std::thread based one is used.
+// How CPU kernels use threads. One pool serves the process: the model installs LibTorch's intra-op
+// pool, so that kernels and linear layers never compete for cores; without an installed runner a
+// std::thread based one is used.
 #pragma once
 
 #include <cstdint>
