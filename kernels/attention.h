@@ -42,6 +42,10 @@ struct PairCounts {
   int64_t unmasked = 0;    // (query, key) pairs that enter a softmax
   int64_t multiplied = 0;  // pairs that the kernel multiplies, padding and masked ones included
   int64_t dense = 0;
+  // What the index holds: sums over KV groups and calls; all 0 for dense attention.
+  int64_t indexes = 0;           // (call, KV group) pairs that had an index
+  int64_t vertical_columns = 0;  // selected columns
+  int64_t slash_diagonals = 0;   // selected distances, kBandBlock per band
 };
 
 /// out = softmax(scale * q k^T + causal mask + index mask) v for each of `num_sequences` sequences.

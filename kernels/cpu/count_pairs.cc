@@ -35,6 +35,9 @@ KernelStatus CountPairsCpu(const AttentionShape& shape, const AttentionSequence&
   std::vector<int32_t> verticals_before;  // [c]: selected verticals < c
   for (int group = 0; group < shape.num_kv_heads; ++group) {
     if (index != nullptr) {
+      ++counts->indexes;
+      counts->vertical_columns += index->num_verticals[group];
+      counts->slash_diagonals += int64_t{index->num_bands[group]} * kBandBlock;
       verticals_before.assign(s.kv_tokens + 1, 0);
       const int32_t* verticals = index->verticals + group * index->vertical_stride;
       for (int32_t i = 0; i < index->num_verticals[group] && verticals[i] < s.kv_tokens; ++i) {

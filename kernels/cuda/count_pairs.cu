@@ -51,6 +51,11 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row_last = (last < params.kv_tokens ? last : params.kv_tokens - 1);
   const int64_t rows = row_last - row_begin + 1;
   const int64_t all = (row_begin + row_last + 2) * rows / 2;
+  if (!params.dense && blockIdx.x == 0 && threadIdx.x == 0) {
+    AtomicAdd(&counts->indexes, 1);
+    AtomicAdd(&counts->vertical_columns, params.index.num_verticals[group]);
+    AtomicAdd(&counts->slash_diagonals, int64_t{params.index.num_bands[group]} * kBandBlock);
+  }
   if (params.dense || last >= params.index.dense_from) {
     if (threadIdx.x == 0) {
       const int64_t steps = last / kBandBlock + 1;

@@ -435,6 +435,12 @@ void Job::Report(const Summary& summary) {
     completed.pairs_total += counts.dense;
     completed.pairs_computed += counts.unmasked;
     completed.pairs_multiplied += counts.multiplied;
+    if (counts.indexes > 0) {
+      completed.vertical_columns.push_back(static_cast<double>(counts.vertical_columns) /
+                                           counts.indexes);
+      completed.slash_diagonals.push_back(static_cast<double>(counts.slash_diagonals) /
+                                          counts.indexes);
+    }
   }
   completed.layer_group_density = summary.layer_group_density;
   environment_.metrics->Succeeded(completed);

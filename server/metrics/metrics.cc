@@ -102,10 +102,10 @@ struct Metrics::Impl {
     index_build = One("index_build_seconds",
                       "VSIndexer and selection per request, all layers together", kRequestBuckets);
     vertical_columns =
-        One("vertical_columns", "Vertical columns selected per layer and KV group of a chunk",
+        One("vertical_columns", "Vertical columns kept per KV group, mean of a layer of a request",
             kKeptBuckets);
     slash_diagonals =
-        One("slash_diagonals", "Slash diagonals selected per layer and KV group of a chunk",
+        One("slash_diagonals", "Slash diagonals kept per KV group, mean of a layer of a request",
             kKeptBuckets);
     auto& density_family = BuildHistogram()
                                .Name("vsprefill_attention_density_ratio")

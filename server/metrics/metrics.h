@@ -45,7 +45,7 @@ struct Completed {
   /// (query, key) pairs over all layers and heads: causal, unmasked, multiplied by the kernel.
   int64_t pairs_total = 0, pairs_computed = 0, pairs_multiplied = 0;
   std::vector<double> layer_group_density;  // per quarter of the layers
-  /// Per layer and KV group, mean over its row tiles' index; empty for a method without an index.
+  /// Per layer, mean over chunks and KV groups; empty for a method without an index.
   std::vector<double> vertical_columns, slash_diagonals;
 };
 

@@ -50,9 +50,11 @@ class FakeTransformer final : public model::Transformer {
         return absl::InternalError("chunk does not begin where the cache ends");
       }
     }
+    const bool sparse = options.method->needs_indexer_logits();
+    if (sparse) result.indexer_seconds = 0.01;
     for (int layer = 0; layer < options_.num_layers; ++layer) {
       if (options_.layer_delay > absl::ZeroDuration()) absl::SleepFor(options_.layer_delay);
-      for (const model::SequenceChunk& chunk : batch) Fill(layer, chunk);
+      for (const model::SequenceChunk& chunk : batch) Fill(layer, chunk, sparse);
       if (options_.on_layer) {
         VSP_RETURN_IF_ERROR(options_.on_layer(layer, batch[0].position_begin));
       }
@@ -73,7 +75,7 @@ class FakeTransformer final : public model::Transformer {
   }
 
  private:
-  void Fill(int layer, const model::SequenceChunk& chunk) {
+  void Fill(int layer, const model::SequenceChunk& chunk, bool sparse) {
     const int64_t row_bytes = options_.head_dim * kernels::SizeOf(options_.dtype);
     const int64_t head_bytes = chunk.cache->head_stride() * kernels::SizeOf(options_.dtype);
     for (int head = 0; head < options_.num_kv_heads; ++head) {
@@ -93,6 +95,11 @@ class FakeTransformer final : public model::Transformer {
       chunk.counts[layer].dense += kDenseShare * tokens;
       chunk.counts[layer].unmasked += kUnmaskedShare * tokens;
       chunk.counts[layer].multiplied += kMultipliedShare * tokens;
+      if (sparse) {
+        chunk.counts[layer].indexes += options_.num_kv_heads;
+        chunk.counts[layer].vertical_columns += 100 * options_.num_kv_heads;
+        chunk.counts[layer].slash_diagonals += 192 * options_.num_kv_heads;
+      }
     }
   }
 
