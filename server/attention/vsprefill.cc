@@ -1,6 +1,7 @@
 // VSPrefill: vertical columns and slash bands chosen from the VSIndexer's logits
 // (docs/vsprefill.md).
 #include <chrono>
+#include <cmath>
 #include <utility>
 
 #include "absl/strings/str_format.h"
@@ -66,6 +67,7 @@ class VsPrefill : public AttentionMethod {
     selection_.max_density = get("max_density");
     dense_layers_ = get_int("dense_layers");
     dense_below_ = get_int("dense_below");
+    full_threshold_tokens_ = parameters_.at("full_threshold_tokens");
   }
 
   absl::string_view name() const override { return "vsprefill"; }
@@ -99,6 +101,13 @@ class VsPrefill : public AttentionMethod {
       VSP_ASSIGN_OR_RETURN(counts_, Buffer::Create(*context_.allocator, 2 * rows * num_groups * 4));
     }
     return absl::OkStatus();
+  }
+
+  /// Short prompts spend more of their (small) attention: at one threshold they lose more.
+  float LengthFactor(int64_t prompt_tokens) const {
+    const double tokens = static_cast<double>(prompt_tokens);
+    if (tokens >= full_threshold_tokens_) return 1.0f;
+    return static_cast<float>(std::sqrt(tokens / full_threshold_tokens_));
   }
 
   absl::Status Select(const AttentionCall& call, size_t i) {
@@ -135,9 +144,11 @@ class VsPrefill : public AttentionMethod {
                                                               num_groups, sequence.prompt_tokens)));
     }
 
+    SelectionParams selection = selection_;
+    selection.threshold *= LengthFactor(sequence.prompt_tokens);
     const auto start = std::chrono::steady_clock::now();
     VSP_RETURN_IF_ERROR(FromKernelStatus(
-        context_.kernels->select(input, selection_, workspace_.data(), &view, call.stream),
+        context_.kernels->select(input, selection, workspace_.data(), &view, call.stream),
         absl::StrFormat("selection (%d groups of %d heads, rows %d to %d of %d)", num_groups,
                         input.group_size, input.q_start, input.kv_tokens, input.prompt_tokens)));
     if (context_.allocator->device() == kernels::DeviceKind::kCpu) {
@@ -159,6 +170,7 @@ class VsPrefill : public AttentionMethod {
   SelectionParams selection_;
   int dense_layers_ = 0;
   int64_t dense_below_ = 0;
+  double full_threshold_tokens_ = 0;
   std::vector<IndexBuffers> buffers_;   // per sequence of a batch
   std::vector<SparseIndexView> views_;  // likewise; valid during one call
   Buffer counts_, workspace_;
@@ -175,6 +187,8 @@ MethodSpec VsPrefillSpec() {
   spec.parameters = {
       {"rule", 0, 0, 1, "0: mass per unit of cost above threshold; 1: cumulative mass tau", true},
       {"threshold", 2.8, 0, 1e6, "rule 0: least mass per pair, in units of 1/n; more is sparser"},
+      {"full_threshold_tokens", 8192, 0, kMaxTokens,
+       "rule 0: prompts of n tokens below this use threshold * sqrt(n / this); 0: never", true},
       {"tau_vertical", 0.9, 0, 1, "rule 1: share of the vertical mass to keep"},
       {"tau_slash", 0.9, 0, 1, "rule 1: share of the slash mass to keep"},
       {"sink_tokens", 16, 0, kMaxTokens, "first tokens that every row reads", true},

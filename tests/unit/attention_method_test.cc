@@ -128,7 +128,7 @@ TEST_P(AttentionMethodTest, RefusesUnknownNamesAndValuesOutOfRange) {
   EXPECT_THAT(MessageFor(context_, "dense", {{"threshold", 1}}),
               AllOf(HasSubstr("\"threshold\""), HasSubstr("known: none")));
   EXPECT_THAT(MessageFor(context_, "vsprefill", {{"treshold", 1}}),
-              AllOf(HasSubstr("\"treshold\""), HasSubstr("threshold, tau_vertical")));
+              AllOf(HasSubstr("\"treshold\""), HasSubstr("rule, threshold, ")));
   EXPECT_THAT(MessageFor(context_, "vsprefill", {{"local_tokens", 64}}),
               AllOf(HasSubstr("local_tokens = 64"), HasSubstr("[128, ")));
   EXPECT_THAT(MessageFor(context_, "vsprefill", {{"sink_tokens", 1.5}}), HasSubstr("whole number"));
@@ -168,7 +168,9 @@ TEST_P(AttentionMethodTest, KeepingEverythingEqualsDense) {
 TEST_P(AttentionMethodTest, SparseReadsFewerPairsAndReportsThem) {
   Prompt prompt(900, 2);
   PairCounts counts;
-  auto method = Make("vsprefill", {{"threshold", 5}, {"dense_below", 0}, {"dense_layers", 1}});
+  auto method = Make(
+      "vsprefill",
+      {{"threshold", 5}, {"full_threshold_tokens", 0}, {"dense_below", 0}, {"dense_layers", 1}});
   const auto dense = Whole(*Make("dense"), prompt);
   EXPECT_EQ(MaxDifference(dense, Whole(*method, prompt, nullptr, 0)), 0) << "a dense layer";
   EXPECT_EQ(method->index_statistics().num_verticals, nullptr);
@@ -211,7 +213,8 @@ TEST_P(AttentionMethodTest, LastRowsAreDense) {
 
 TEST_P(AttentionMethodTest, BatchGivesWhatSingleCallsGive) {
   Prompt a(700, 4), b(300, 5), c(450, 6);
-  const std::map<std::string, double> parameters = {{"threshold", 4}, {"dense_below", 400}};
+  const std::map<std::string, double> parameters = {
+      {"threshold", 4}, {"full_threshold_tokens", 0}, {"dense_below", 400}};
   std::vector<std::vector<float>> single;
   for (Prompt* prompt : {&a, &b, &c}) {
     single.push_back(Whole(*Make("vsprefill", parameters), *prompt));
@@ -235,12 +238,29 @@ TEST_P(AttentionMethodTest, ThresholdScaleOfTheLayerIsUsed) {
   Prompt prompt(900, 7);
   context_.threshold_scale.assign(kLayers, std::vector<float>(kKvHeads, 1.0f));
   context_.threshold_scale[3].assign(kKvHeads, 0.0f);  // keeps everything
-  auto method = Make("vsprefill", {{"threshold", 5}, {"dense_below", 0}, {"dense_layers", 0}});
+  auto method = Make(
+      "vsprefill",
+      {{"threshold", 5}, {"full_threshold_tokens", 0}, {"dense_below", 0}, {"dense_layers", 0}});
   PairCounts plain, scaled;
   Whole(*method, prompt, &plain, 2);
   Whole(*method, prompt, &scaled, 3);
   EXPECT_LT(plain.unmasked, plain.dense);
   EXPECT_EQ(scaled.unmasked, scaled.dense);
+}
+
+TEST_P(AttentionMethodTest, ShortPromptsUseALowerThreshold) {
+  Prompt prompt(900, 11);
+  const auto pairs = [&](double threshold, double full_threshold_tokens) {
+    PairCounts counts;
+    auto method = Make("vsprefill", {{"threshold", threshold},
+                                     {"full_threshold_tokens", full_threshold_tokens},
+                                     {"dense_below", 0}});
+    Whole(*method, prompt, &counts);
+    return counts.unmasked;
+  };
+  EXPECT_EQ(pairs(4, 900), pairs(4, 0));
+  EXPECT_GT(pairs(4, 3600), pairs(4, 0));
+  EXPECT_EQ(pairs(4, 3600), pairs(2, 0));  // sqrt(900 / 3600)
 }
 
 TEST_P(AttentionMethodTest, NeedsLogits) {
