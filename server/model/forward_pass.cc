@@ -14,10 +14,11 @@
 namespace vsprefill::model {
 namespace {
 
-// Rows that pass through the MLP (and the LM head) at a time: the widest activations stay in the
-// processor's cache and small in memory.
-constexpr int64_t kCpuMlpRows = 1024;
-constexpr int64_t kCudaMlpRows = 8192;
+// Rows that pass through the second half of a layer at a time: on the CPU the widest activations
+// stay in the processor's cache.
+constexpr int64_t kCpuBlockRows = 1024;
+constexpr int64_t kCudaBlockRows = 8192;
+// Rows that pass through the LM head at a time.
 constexpr int64_t kScoreRows = 128;
 
 double Seconds() {
@@ -50,8 +51,7 @@ absl::StatusOr<ForwardResult> ForwardPass::Run(absl::Span<const SequenceChunk> b
 
   ForwardResult result;
   linear_seconds_ = 0;
-  VSP_RETURN_IF_ERROR(Norm(model_.weights->layers[0].input_norm.data(), 0, total_rows_,
-                           /*add_delta=*/false));
+  VSP_RETURN_IF_ERROR(Norm({0, total_rows_}, nullptr, model_.weights->layers[0].input_norm.data()));
   for (int layer = 0; layer < model_.config->num_layers; ++layer) {
     VSP_RETURN_IF_ERROR(RunLayer(layer, batch, options, &result));
     if (options.after_layer) VSP_RETURN_IF_ERROR(options.after_layer(layer));
@@ -124,11 +124,9 @@ absl::Status ForwardPass::PrepareBuffers(absl::Span<const SequenceChunk> batch) 
   // The old buffers may be in use by enqueued work.
   VSP_RETURN_IF_ERROR(model_.backend->Synchronize());
   const ModelConfig& config = *model_.config;
-  const int64_t mlp_rows =
-      std::min(total_rows_,
-               model_.backend->device() == kernels::DeviceKind::kCpu ? kCpuMlpRows : kCudaMlpRows);
-  const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
-  const int64_t qkv_width = q_width + int64_t{2} * config.num_kv_heads * config.head_dim;
+  const int64_t block_rows =
+      std::min(total_rows_, model_.backend->device() == kernels::DeviceKind::kCpu ? kCpuBlockRows
+                                                                                  : kCudaBlockRows);
   capacity_rows_ = 0;
   const auto make = [&](Buffer& buffer, int64_t rows, int64_t width) -> absl::Status {
     buffer.Reset();  // before the new one is made: both need not fit
@@ -138,11 +136,8 @@ absl::Status ForwardPass::PrepareBuffers(absl::Span<const SequenceChunk> batch) 
   };
   VSP_RETURN_IF_ERROR(make(residual_, total_rows_, config.hidden_size));
   VSP_RETURN_IF_ERROR(make(normed_, total_rows_, config.hidden_size));
-  VSP_RETURN_IF_ERROR(make(delta_, total_rows_, config.hidden_size));
-  VSP_RETURN_IF_ERROR(make(qkv_, total_rows_, qkv_width));
-  VSP_RETURN_IF_ERROR(make(attended_, total_rows_, q_width));
-  VSP_RETURN_IF_ERROR(make(gate_up_, mlp_rows, int64_t{2} * config.intermediate_size));
-  VSP_RETURN_IF_ERROR(make(gated_, mlp_rows, config.intermediate_size));
+  VSP_RETURN_IF_ERROR(make(attended_, total_rows_, q_width()));
+  VSP_RETURN_IF_ERROR(make(gated_, block_rows, config.intermediate_size));
   capacity_rows_ = total_rows_;
   return absl::OkStatus();
 }
@@ -169,33 +164,28 @@ absl::Status ForwardPass::PrepareRope(int64_t positions) {
 
 absl::Status ForwardPass::RunLayer(int layer, absl::Span<const SequenceChunk> batch,
                                    const ForwardOptions& options, ForwardResult* result) {
-  const ModelConfig& config = *model_.config;
-  const LayerWeights& weights = model_.weights->layers[layer];
-  const int64_t hidden = config.hidden_size;
-  const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
-  const int64_t qkv_width = q_width + int64_t{2} * config.num_kv_heads * config.head_dim;
-  VSP_RETURN_IF_ERROR(Linear(normed_.data(), weights.qkv, weights.qkv_bias, total_rows_, hidden,
-                             qkv_width, qkv_.data()));
+  VSP_ASSIGN_OR_RETURN(qkv_,
+                       Linear(*model_.weights->layers[layer].qkv, normed_.data(), total_rows_));
   VSP_RETURN_IF_ERROR(AppendKv(layer, batch));
-
   const bool timed = model_.backend->device() == kernels::DeviceKind::kCpu;
   const double begin = Seconds();
   if (options.method->needs_indexer_logits()) VSP_RETURN_IF_ERROR(ScoreTokens(layer, batch));
   const double scored = Seconds();
-  VSP_RETURN_IF_ERROR(Attend(layer, batch, options));
-  if (timed) {
-    result->indexer_seconds += scored - begin;
-    result->attention_seconds += Seconds() - scored;
-  }
+  if (timed) result->indexer_seconds += scored - begin;
 
-  VSP_RETURN_IF_ERROR(Linear(attended_.data(), weights.o, weights.o_bias, total_rows_, q_width,
-                             hidden, delta_.data()));
-  VSP_RETURN_IF_ERROR(Norm(weights.post_norm.data(), 0, total_rows_, /*add_delta=*/true));
-  VSP_RETURN_IF_ERROR(Mlp(weights));
-  // The norm after the last layer runs where logits are wanted, on their rows only.
-  if (layer + 1 == config.num_layers) return absl::OkStatus();
-  return Norm(model_.weights->layers[layer + 1].input_norm.data(), 0, total_rows_,
-              /*add_delta=*/true);
+  // What follows the last layer's KV only serves the logits: skip the rows that have none.
+  const bool last_layer = layer + 1 == model_.config->num_layers;
+  if (last_layer && options.logits == LogitsMode::kNone) return absl::OkStatus();
+  const bool last_token_only = last_layer && options.logits == LogitsMode::kLast;
+  VSP_RETURN_IF_ERROR(Attend(layer, batch, last_token_only, options));
+  if (timed) result->attention_seconds += Seconds() - scored;
+  if (!last_token_only) return FinishLayer(layer, {0, total_rows_});
+  int64_t row = 0;
+  for (const SequenceChunk& chunk : batch) {
+    row += chunk.ids.size();
+    VSP_RETURN_IF_ERROR(FinishLayer(layer, {row - 1, 1}));
+  }
+  return absl::OkStatus();
 }
 
 absl::Status ForwardPass::AppendKv(int layer, absl::Span<const SequenceChunk> batch) {
@@ -204,8 +194,7 @@ absl::Status ForwardPass::AppendKv(int layer, absl::Span<const SequenceChunk> ba
   int64_t row = 0;
   for (const SequenceChunk& chunk : batch) {
     kernels::QkvRopeAppendArgs args;
-    args.qkv =
-        Row(qkv_, row, int64_t{config.num_q_heads + 2 * config.num_kv_heads} * config.head_dim);
+    args.qkv = static_cast<char*>(qkv_.data()) + row * qkv_width() * kernels::SizeOf(dtype_);
     args.tokens = chunk.ids.size();
     args.num_q_heads = config.num_q_heads;
     args.num_kv_heads = config.num_kv_heads;
@@ -248,27 +237,28 @@ absl::Status ForwardPass::ScoreTokens(int layer, absl::Span<const SequenceChunk>
 }
 
 absl::Status ForwardPass::Attend(int layer, absl::Span<const SequenceChunk> batch,
-                                 const ForwardOptions& options) {
+                                 bool last_token_only, const ForwardOptions& options) {
   const ModelConfig& config = *model_.config;
-  const int64_t q_width = int64_t{config.num_q_heads} * config.head_dim;
-  const int64_t qkv_width = q_width + int64_t{2} * config.num_kv_heads * config.head_dim;
   const bool with_logits = options.method->needs_indexer_logits();
   std::vector<attention::SequenceCall> sequences;
   int64_t row = 0;
   for (const SequenceChunk& chunk : batch) {
+    const int64_t tokens = chunk.ids.size();
+    const int64_t skipped = last_token_only ? tokens - 1 : 0;
     attention::SequenceCall call;
     kernels::AttentionSequence& sequence = call.attention;
-    sequence.q_tokens = chunk.ids.size();
-    sequence.kv_tokens = chunk.position_begin + sequence.q_tokens;
-    sequence.q = Row(qkv_, row, qkv_width);
-    sequence.q_token_stride = qkv_width;
+    sequence.q_tokens = tokens - skipped;
+    sequence.kv_tokens = chunk.position_begin + tokens;
+    sequence.q =
+        static_cast<char*>(qkv_.data()) + (row + skipped) * qkv_width() * kernels::SizeOf(dtype_);
+    sequence.q_token_stride = qkv_width();
     sequence.q_head_stride = config.head_dim;
     sequence.k = chunk.cache->k(layer);
     sequence.v = chunk.cache->v(layer);
     sequence.kv_head_stride = chunk.cache->head_stride();
     sequence.kv_token_stride = config.head_dim;
-    sequence.out = Row(attended_, row, q_width);
-    sequence.out_token_stride = q_width;
+    sequence.out = Row(attended_, row + skipped, q_width());
+    sequence.out_token_stride = q_width();
     sequence.out_head_stride = config.head_dim;
     call.prompt_tokens = chunk.prompt_tokens;
     if (with_logits) {
@@ -278,7 +268,7 @@ absl::Status ForwardPass::Attend(int layer, absl::Span<const SequenceChunk> batc
     }
     if (chunk.counts != nullptr) call.counts = chunk.counts + layer;
     sequences.push_back(call);
-    row += sequence.q_tokens;
+    row += tokens;
   }
   attention::AttentionCall call;
   call.layer = layer;
@@ -292,68 +282,62 @@ absl::Status ForwardPass::Attend(int layer, absl::Span<const SequenceChunk> batc
   return options.method->Attend(call);
 }
 
-absl::Status ForwardPass::Mlp(const LayerWeights& weights) {
+absl::Status ForwardPass::FinishLayer(int layer, RowRange rows) {
+  const LayerWeights& weights = model_.weights->layers[layer];
+  const bool last_layer = layer + 1 == model_.config->num_layers;
+  const void* next_norm =
+      last_layer ? nullptr : model_.weights->layers[layer + 1].input_norm.data();
   const int64_t hidden = model_.config->hidden_size;
   const int64_t inner = model_.config->intermediate_size;
-  const int64_t block =
-      gated_.bytes() / (inner * kernels::SizeOf(dtype_));  // rows that the buffers hold
-  for (int64_t row = 0; row < total_rows_; row += block) {
-    const int64_t rows = std::min(block, total_rows_ - row);
-    VSP_RETURN_IF_ERROR(Linear(Row(normed_, row, hidden), weights.gate_up, weights.gate_up_bias,
-                               rows, hidden, 2 * inner, gate_up_.data()));
+  const int64_t block_rows = gated_.bytes() / (inner * kernels::SizeOf(dtype_));
+  for (int64_t done = 0; done < rows.count; done += block_rows) {
+    const RowRange block = {rows.begin + done, std::min(block_rows, rows.count - done)};
+    VSP_ASSIGN_OR_RETURN(const Activation projected,
+                         Linear(*weights.o, Row(attended_, block.begin, q_width()), block.count));
+    VSP_RETURN_IF_ERROR(Norm(block, projected.data(), weights.post_norm.data()));
+    VSP_ASSIGN_OR_RETURN(const Activation gate_up,
+                         Linear(*weights.gate_up, Row(normed_, block.begin, hidden), block.count));
     VSP_RETURN_IF_ERROR(FromKernelStatus(
-        model_.kernels->silu_mul({gate_up_.data(), gated_.data(), rows, inner, dtype_},
+        model_.kernels->silu_mul({gate_up.data(), gated_.data(), block.count, inner, dtype_},
                                  model_.backend->stream()),
         "silu_mul"));
-    VSP_RETURN_IF_ERROR(Linear(gated_.data(), weights.down, weights.down_bias, rows, inner, hidden,
-                               Row(delta_, row, hidden)));
+    VSP_ASSIGN_OR_RETURN(const Activation down, Linear(*weights.down, gated_.data(), block.count));
+    VSP_RETURN_IF_ERROR(Norm(block, down.data(), next_norm));
   }
   return absl::OkStatus();
 }
 
 absl::Status ForwardPass::LastLogits(absl::Span<const SequenceChunk> batch, ForwardResult* result) {
-  const int64_t hidden = model_.config->hidden_size;
   const int64_t vocab = model_.config->vocab_size;
-  if (logits_.bytes() < vocab * kernels::SizeOf(dtype_)) {
-    VSP_ASSIGN_OR_RETURN(
-        logits_, Buffer::Create(model_.backend->allocator(), vocab * kernels::SizeOf(dtype_)));
-  }
   int64_t row = 0;
   for (const SequenceChunk& chunk : batch) {
     row += chunk.ids.size();
-    VSP_RETURN_IF_ERROR(Norm(model_.weights->final_norm.data(), row - 1, 1, /*add_delta=*/true));
-    VSP_RETURN_IF_ERROR(
-        model_.backend->Linear({Row(normed_, row - 1, hidden), model_.weights->head(), nullptr,
-                                logits_.data(), 1, hidden, vocab, dtype_}));
+    VSP_RETURN_IF_ERROR(Norm({row - 1, 1}, nullptr, model_.weights->final_norm.data()));
+    VSP_ASSIGN_OR_RETURN(
+        const Activation logits,
+        Linear(*model_.weights->lm_head, Row(normed_, row - 1, model_.config->hidden_size), 1));
     result->logits.emplace_back(vocab);
     VSP_RETURN_IF_ERROR(
-        model_.backend->ToHostFloat(logits_.data(), vocab, dtype_, result->logits.back().data()));
+        model_.backend->ToHostFloat(logits.data(), vocab, dtype_, result->logits.back().data()));
   }
   return absl::OkStatus();
 }
 
 absl::Status ForwardPass::AllScores(absl::Span<const SequenceChunk> batch, ForwardResult* result) {
-  const int64_t hidden = model_.config->hidden_size;
-  const int64_t vocab = model_.config->vocab_size;
-  if (logits_.bytes() < kScoreRows * vocab * kernels::SizeOf(dtype_)) {
-    VSP_RETURN_IF_ERROR(model_.backend->Synchronize());
-    VSP_ASSIGN_OR_RETURN(logits_, Buffer::Create(model_.backend->allocator(),
-                                                 kScoreRows * vocab * kernels::SizeOf(dtype_)));
-  }
   int64_t sequence_row = 0;
   for (const SequenceChunk& chunk : batch) {
     const int64_t scored = static_cast<int64_t>(chunk.ids.size()) - 1;
     std::vector<float>& log_probs = result->log_probs.emplace_back(scored);
     std::vector<uint8_t>& top1 = result->top1.emplace_back(scored);
     for (int64_t begin = 0; begin < scored; begin += kScoreRows) {
-      const int64_t rows = std::min(kScoreRows, scored - begin);
-      const int64_t row = sequence_row + begin;
-      VSP_RETURN_IF_ERROR(Norm(model_.weights->final_norm.data(), row, rows, /*add_delta=*/true));
-      VSP_RETURN_IF_ERROR(
-          model_.backend->Linear({Row(normed_, row, hidden), model_.weights->head(), nullptr,
-                                  logits_.data(), rows, hidden, vocab, dtype_}));
-      VSP_RETURN_IF_ERROR(model_.backend->Score(logits_.data(), vocab, dtype_,
-                                                chunk.ids.subspan(begin + 1, rows),
+      const RowRange rows = {sequence_row + begin, std::min(kScoreRows, scored - begin)};
+      VSP_RETURN_IF_ERROR(Norm(rows, nullptr, model_.weights->final_norm.data()));
+      VSP_ASSIGN_OR_RETURN(
+          const Activation logits,
+          Linear(*model_.weights->lm_head, Row(normed_, rows.begin, model_.config->hidden_size),
+                 rows.count));
+      VSP_RETURN_IF_ERROR(model_.backend->Score(logits.data(), model_.config->vocab_size, dtype_,
+                                                chunk.ids.subspan(begin + 1, rows.count),
                                                 log_probs.data() + begin, top1.data() + begin));
     }
     sequence_row += chunk.ids.size();
@@ -361,23 +345,22 @@ absl::Status ForwardPass::AllScores(absl::Span<const SequenceChunk> batch, Forwa
   return absl::OkStatus();
 }
 
-absl::Status ForwardPass::Linear(const void* x, const Buffer& weight, const Buffer& bias,
-                                 int64_t rows, int64_t in, int64_t out_features, void* out) {
+absl::StatusOr<Activation> ForwardPass::Linear(const LinearLayer& layer, const void* x,
+                                               int64_t rows) {
   const double begin = Seconds();
-  VSP_RETURN_IF_ERROR(
-      model_.backend->Linear({x, weight.data(), bias.data(), out, rows, in, out_features, dtype_}));
+  VSP_ASSIGN_OR_RETURN(Activation output, model_.backend->Linear(layer, x, rows));
   linear_seconds_ += Seconds() - begin;
-  return absl::OkStatus();
+  return output;
 }
 
-absl::Status ForwardPass::Norm(const void* weight, int64_t row, int64_t rows, bool add_delta) {
+absl::Status ForwardPass::Norm(RowRange rows, const void* delta, const void* weight) {
   const int64_t hidden = model_.config->hidden_size;
   kernels::RmsNormArgs args;
-  args.residual = Row(residual_, row, hidden);
-  args.delta = add_delta ? Row(delta_, row, hidden) : nullptr;
+  args.residual = Row(residual_, rows.begin, hidden);
+  args.delta = delta;
   args.weight = weight;
-  args.out = Row(normed_, row, hidden);
-  args.tokens = rows;
+  args.out = weight != nullptr ? Row(normed_, rows.begin, hidden) : nullptr;
+  args.tokens = rows.count;
   args.width = hidden;
   args.eps = model_.config->rms_norm_eps;
   args.dtype = dtype_;

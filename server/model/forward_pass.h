@@ -41,21 +41,33 @@ class ForwardPass {
   absl::Status PrepareBuffers(absl::Span<const SequenceChunk> batch);
   /// Tables of RoPE for positions [0, positions) on the device.
   absl::Status PrepareRope(int64_t positions);
+  /// Rows [begin, begin + count) of the batch.
+  struct RowRange {
+    int64_t begin = 0, count = 0;
+  };
+
   absl::Status RunLayer(int layer, absl::Span<const SequenceChunk> batch,
                         const ForwardOptions& options, ForwardResult* result);
   absl::Status AppendKv(int layer, absl::Span<const SequenceChunk> batch);
   absl::Status ScoreTokens(int layer, absl::Span<const SequenceChunk> batch);
-  absl::Status Attend(int layer, absl::Span<const SequenceChunk> batch,
+  /// Attention of each chunk's tokens, or of its last one only.
+  absl::Status Attend(int layer, absl::Span<const SequenceChunk> batch, bool last_token_only,
                       const ForwardOptions& options);
-  absl::Status Mlp(const LayerWeights& weights);
+  /// Everything behind the attention: output projection, norm, MLP, and the norm before the next
+  /// layer (none after the last). A block of rows passes through all of it before the next one.
+  absl::Status FinishLayer(int layer, RowRange rows);
   absl::Status LastLogits(absl::Span<const SequenceChunk> batch, ForwardResult* result);
   absl::Status AllScores(absl::Span<const SequenceChunk> batch, ForwardResult* result);
 
-  absl::Status Linear(const void* x, const Buffer& weight, const Buffer& bias, int64_t rows,
-                      int64_t in, int64_t out_features, void* out);
-  /// residual[row..] += delta[row..] where `add_delta`; normed[row..] = norm(residual[row..]).
-  absl::Status Norm(const void* weight, int64_t row, int64_t rows, bool add_delta);
+  absl::StatusOr<Activation> Linear(const LinearLayer& layer, const void* x, int64_t rows);
+  /// residual[rows] += delta [rows.count, hidden], where not null; normed[rows] =
+  /// norm(residual[rows]) * weight, where not null.
+  absl::Status Norm(RowRange rows, const void* delta, const void* weight);
   void* Row(const Buffer& buffer, int64_t row, int64_t width) const;
+  int64_t q_width() const { return int64_t{model_.config->num_q_heads} * model_.config->head_dim; }
+  int64_t qkv_width() const {
+    return q_width() + int64_t{2} * model_.config->num_kv_heads * model_.config->head_dim;
+  }
 
   const Model model_;
   const kernels::DType dtype_;
@@ -67,11 +79,10 @@ class ForwardPass {
   double linear_seconds_ = 0;  // of this call, where work is done on return
   int64_t total_rows_ = 0;     // of this batch
   int64_t capacity_rows_ = 0;
-  Buffer residual_, normed_, delta_;  // [rows, hidden]
-  Buffer qkv_;                        // [rows, (q_heads + 2 kv_heads) * head_dim]
-  Buffer attended_;                   // [rows, q_heads * head_dim]
-  Buffer gate_up_, gated_;            // [mlp_rows, 2 * intermediate], [mlp_rows, intermediate]
-  Buffer logits_;                     // [score_rows, vocab]
+  Buffer residual_, normed_;  // [rows, hidden]
+  Activation qkv_;            // [rows, q, k and v of a row], of the current layer
+  Buffer attended_;           // [rows, q_heads * head_dim]
+  Buffer gated_;              // [block rows, intermediate]
 };
 
 }  // namespace vsprefill::model

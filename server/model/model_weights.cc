@@ -52,8 +52,25 @@ class WeightLoader {
     }
     return target;
   }
-  absl::StatusOr<Buffer> Matrix(const std::string& name, int64_t rows, int64_t columns) {
-    return Stack({name}, {rows}, columns);
+  // The matrices `prefix` + names + ".weight" stacked, and their biases where there are any.
+  absl::StatusOr<std::unique_ptr<LinearLayer>> Linear(const std::string& prefix,
+                                                      const std::vector<std::string>& names,
+                                                      const std::vector<int64_t>& rows, int64_t in,
+                                                      bool with_bias) {
+    std::vector<std::string> matrices, vectors;
+    LinearWeights weights;
+    weights.in = in;
+    weights.dtype = dtype_;
+    for (size_t i = 0; i < names.size(); ++i) {
+      matrices.push_back(absl::StrCat(prefix, names[i], ".weight"));
+      vectors.push_back(absl::StrCat(prefix, names[i], ".bias"));
+      weights.out_features += rows[i];
+    }
+    VSP_ASSIGN_OR_RETURN(weights.weight, Stack(matrices, rows, in));
+    if (with_bias) {
+      VSP_ASSIGN_OR_RETURN(weights.bias, Stack(vectors, rows, 0));
+    }
+    return MakeLinearLayer(std::move(weights), backend_.device());
   }
   absl::StatusOr<Buffer> Vector(const std::string& name, int64_t size) {
     return Stack({name}, {size}, 0);
@@ -126,37 +143,22 @@ absl::StatusOr<LayerWeights> LoadLayer(WeightLoader& loader, const ModelConfig& 
   VSP_ASSIGN_OR_RETURN(weights.input_norm,
                        loader.Vector(prefix + "input_layernorm.weight", hidden));
   VSP_ASSIGN_OR_RETURN(weights.qkv,
-                       loader.Stack({attention + "q_proj.weight", attention + "k_proj.weight",
-                                     attention + "v_proj.weight"},
-                                    {q_rows, kv_rows, kv_rows}, hidden));
-  if (config.qkv_bias) {
-    VSP_ASSIGN_OR_RETURN(weights.qkv_bias,
-                         loader.Stack({attention + "q_proj.bias", attention + "k_proj.bias",
-                                       attention + "v_proj.bias"},
-                                      {q_rows, kv_rows, kv_rows}, 0));
-  }
+                       loader.Linear(attention, {"q_proj", "k_proj", "v_proj"},
+                                     {q_rows, kv_rows, kv_rows}, hidden, config.qkv_bias));
   if (config.qk_norm) {
     VSP_ASSIGN_OR_RETURN(weights.q_norm,
                          loader.Vector(attention + "q_norm.weight", config.head_dim));
     VSP_ASSIGN_OR_RETURN(weights.k_norm,
                          loader.Vector(attention + "k_norm.weight", config.head_dim));
   }
-  VSP_ASSIGN_OR_RETURN(weights.o, loader.Matrix(attention + "o_proj.weight", hidden, q_rows));
-  if (config.o_bias) {
-    VSP_ASSIGN_OR_RETURN(weights.o_bias, loader.Vector(attention + "o_proj.bias", hidden));
-  }
+  VSP_ASSIGN_OR_RETURN(weights.o,
+                       loader.Linear(attention, {"o_proj"}, {hidden}, q_rows, config.o_bias));
   VSP_ASSIGN_OR_RETURN(weights.post_norm,
                        loader.Vector(prefix + "post_attention_layernorm.weight", hidden));
-  VSP_ASSIGN_OR_RETURN(
-      weights.gate_up,
-      loader.Stack({mlp + "gate_proj.weight", mlp + "up_proj.weight"}, {inner, inner}, hidden));
-  VSP_ASSIGN_OR_RETURN(weights.down, loader.Matrix(mlp + "down_proj.weight", hidden, inner));
-  if (config.mlp_bias) {
-    VSP_ASSIGN_OR_RETURN(
-        weights.gate_up_bias,
-        loader.Stack({mlp + "gate_proj.bias", mlp + "up_proj.bias"}, {inner, inner}, 0));
-    VSP_ASSIGN_OR_RETURN(weights.down_bias, loader.Vector(mlp + "down_proj.bias", hidden));
-  }
+  VSP_ASSIGN_OR_RETURN(weights.gate_up, loader.Linear(mlp, {"gate_proj", "up_proj"}, {inner, inner},
+                                                      hidden, config.mlp_bias));
+  VSP_ASSIGN_OR_RETURN(weights.down,
+                       loader.Linear(mlp, {"down_proj"}, {hidden}, inner, config.mlp_bias));
   return weights;
 }
 
@@ -166,16 +168,24 @@ absl::StatusOr<ModelWeights> LoadWeights(const SafetensorsReader& file, const Mo
                                          kernels::DType dtype, TorchBackend& backend) {
   WeightLoader loader(file, dtype, backend);
   ModelWeights weights;
-  VSP_ASSIGN_OR_RETURN(weights.embedding, loader.Matrix("model.embed_tokens.weight",
-                                                        config.vocab_size, config.hidden_size));
+  VSP_ASSIGN_OR_RETURN(weights.embedding, loader.Stack({"model.embed_tokens.weight"},
+                                                       {config.vocab_size}, config.hidden_size));
   for (int layer = 0; layer < config.num_layers; ++layer) {
     VSP_ASSIGN_OR_RETURN(LayerWeights layer_weights, LoadLayer(loader, config, layer));
     weights.layers.push_back(std::move(layer_weights));
   }
   VSP_ASSIGN_OR_RETURN(weights.final_norm, loader.Vector("model.norm.weight", config.hidden_size));
-  if (!config.tied_embeddings) {
+  if (config.tied_embeddings) {
+    LinearWeights head;
+    head.shared_weight = weights.embedding.data();
+    head.in = config.hidden_size;
+    head.out_features = config.vocab_size;
+    head.dtype = dtype;
+    VSP_ASSIGN_OR_RETURN(weights.lm_head, MakeLinearLayer(std::move(head), backend.device()));
+  } else {
     VSP_ASSIGN_OR_RETURN(weights.lm_head,
-                         loader.Matrix("lm_head.weight", config.vocab_size, config.hidden_size));
+                         loader.Linear("", {"lm_head"}, {config.vocab_size}, config.hidden_size,
+                                       /*with_bias=*/false));
   }
   VSP_RETURN_IF_ERROR(loader.CheckAllUsed(config.tied_embeddings));
   return weights;

@@ -44,8 +44,9 @@ class CpuBackend final : public TorchBackend {
     if (omp_get_max_threads() != threads_) omp_set_num_threads(threads_);
     return absl::OkStatus();
   }
-  absl::Status Linear(const LinearArgs& args) override {
-    return TorchLinear(args, kernels::DeviceKind::kCpu);
+  absl::StatusOr<Activation> Linear(const LinearLayer& layer, const void* x,
+                                    int64_t rows) override {
+    return layer.Run(x, rows);
   }
   absl::Status Embed(absl::Span<const int32_t> ids, const void* table, int64_t vocab, int64_t width,
                      kernels::DType dtype, void* out) override {

@@ -12,18 +12,9 @@
 #include "kernels/tensor_view.h"
 #include "server/attention/attention_method.h"
 #include "server/base/allocator.h"
+#include "server/model/linear.h"
 
 namespace vsprefill::model {
-
-/// out = x w^T + bias. Row-major, all of one dtype.
-struct LinearArgs {
-  const void* x = nullptr;       // [rows, in]
-  const void* weight = nullptr;  // [out_features, in]
-  const void* bias = nullptr;    // [out_features] or null
-  void* out = nullptr;           // [rows, out_features]
-  int64_t rows = 0, in = 0, out_features = 0;
-  kernels::DType dtype = kernels::DType::kBF16;
-};
 
 class TorchBackend {
  public:
@@ -44,7 +35,8 @@ class TorchBackend {
   /// Must be called before a batch of the calls below by the thread that makes them.
   virtual absl::Status EnterThread() = 0;
   /// CUDA: all of these enqueue on stream() unless they say otherwise.
-  virtual absl::Status Linear(const LinearArgs& args) = 0;
+  virtual absl::StatusOr<Activation> Linear(const LinearLayer& layer, const void* x,
+                                            int64_t rows) = 0;
   /// out[i] = table[ids[i]]; ids in host memory, table [vocab, width], out [ids.size(), width].
   /// REQUIRES: 0 <= id < vocab.
   virtual absl::Status Embed(absl::Span<const int32_t> ids, const void* table, int64_t vocab,

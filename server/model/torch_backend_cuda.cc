@@ -48,8 +48,14 @@ class CudaBackend final : public TorchBackend {
   }
 
   absl::Status EnterThread() override { return absl::OkStatus(); }
-  absl::Status Linear(const LinearArgs& args) override {
-    return OnStream([&] { return TorchLinear(args, kernels::DeviceKind::kCuda); });
+  absl::StatusOr<Activation> Linear(const LinearLayer& layer, const void* x,
+                                    int64_t rows) override {
+    Activation activation;
+    VSP_RETURN_IF_ERROR(OnStream([&]() -> absl::Status {
+      VSP_ASSIGN_OR_RETURN(activation, layer.Run(x, rows));
+      return absl::OkStatus();
+    }));
+    return activation;
   }
   absl::Status Embed(absl::Span<const int32_t> ids, const void* table, int64_t vocab, int64_t width,
                      kernels::DType dtype, void* out) override {

@@ -22,22 +22,6 @@ at::Tensor Wrap(const void* data, at::IntArrayRef shape, kernels::DType dtype,
 
 }  // namespace
 
-absl::Status TorchLinear(const LinearArgs& args, kernels::DeviceKind device) {
-  return TorchGuard("linear layer", [&] {
-    const c10::InferenceMode inference;
-    const at::Tensor x = Wrap(args.x, {args.rows, args.in}, args.dtype, device);
-    const at::Tensor weight =
-        Wrap(args.weight, {args.out_features, args.in}, args.dtype, device).t();
-    at::Tensor out = Wrap(args.out, {args.rows, args.out_features}, args.dtype, device);
-    if (args.bias != nullptr) {
-      at::addmm_out(out, Wrap(args.bias, {args.out_features}, args.dtype, device), x, weight);
-    } else {
-      at::mm_out(out, x, weight);
-    }
-    return absl::OkStatus();
-  });
-}
-
 absl::Status TorchEmbed(absl::Span<const int32_t> ids, const void* table, int64_t vocab,
                         int64_t width, kernels::DType dtype, void* out,
                         kernels::DeviceKind device) {

@@ -5,11 +5,9 @@
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "kernels/tensor_view.h"
-#include "server/model/torch_backend.h"
 
 namespace vsprefill::model {
 
-absl::Status TorchLinear(const LinearArgs& args, kernels::DeviceKind device);
 absl::Status TorchEmbed(absl::Span<const int32_t> ids, const void* table, int64_t vocab,
                         int64_t width, kernels::DType dtype, void* out, kernels::DeviceKind device);
 absl::Status TorchScore(const void* logits, int64_t vocab, kernels::DType dtype,
