@@ -57,6 +57,18 @@ std::string Text(const client::PrefillRequest& request, const client::PrefillRes
       absl::StrJoin(greedy.tokens, ", "));
 }
 
+/// A refusal because of the kv_id has most often this reason, which the id does not show.
+absl::Status ExplainRefusal(absl::Status status, client::PrefillClient& client,
+                            const kv::KvLayout& own) {
+  if (!absl::IsFailedPrecondition(status)) return status;
+  const absl::StatusOr<client::ModelInfo> info = client.GetModelInfo();
+  if (!info.ok() || info->layout.dtype == own.dtype) return status;
+  return absl::Status(status.code(),
+                      absl::StrCat(status.message(), "; the server's KV cache is ",
+                                   kernels::Name(info->layout.dtype), ", this decoder's ",
+                                   kernels::Name(own.dtype), " (--dtype)"));
+}
+
 }  // namespace
 
 absl::Status RunStream(const Options& options, model::Transformer& transformer, std::ostream& out) {
@@ -74,12 +86,13 @@ absl::Status RunStream(const Options& options, model::Transformer& transformer, 
     return memory->destination();
   };
   client::PrefillClient client(options.prefill);
-  VSP_ASSIGN_OR_RETURN(const client::PrefillResult prefill, client.Prefill(request, handlers));
+  const absl::StatusOr<client::PrefillResult> prefill = client.Prefill(request, handlers);
+  if (!prefill.ok()) return ExplainRefusal(prefill.status(), client, transformer.kv_layout());
   VSP_ASSIGN_OR_RETURN(kv::KvCache * cache, memory->Commit(transformer));
   VSP_ASSIGN_OR_RETURN(
       const GreedyResult greedy,
-      DecodeGreedily(transformer, *cache, prefill.first_token.token_id, options.max_new_tokens));
-  out << (options.json ? Json(request, prefill, greedy) : Text(request, prefill, greedy))
+      DecodeGreedily(transformer, *cache, prefill->first_token.token_id, options.max_new_tokens));
+  out << (options.json ? Json(request, *prefill, greedy) : Text(request, *prefill, greedy))
       << std::flush;
   return absl::OkStatus();
 }

@@ -196,6 +196,18 @@ TEST_F(DecodeTest, AnotherModelsCacheIsRefused) {
             absl::StatusCode::kFailedPrecondition);
 }
 
+TEST_F(DecodeTest, ARefusalNamesTheDtypes) {
+  FakeServerOptions other = ServerOptions();
+  other.refuse_prefill = true;
+  other.error = {grpc::StatusCode::FAILED_PRECONDITION, "another kv_id"};
+  other.shape.layout.dtype = kernels::DType::kBF16;
+  FakePrefillServer server(other);
+  std::ostringstream out;
+  EXPECT_EQ(RunStream(StreamOptions(server), *transformer_, out),
+            absl::FailedPreconditionError("another kv_id; the server's KV cache is bfloat16, this "
+                                          "decoder's float32 (--dtype)"));
+}
+
 TEST_F(DecodeTest, ACacheThatDoesNotFitThePool) {
   FakePrefillServer server(ServerOptions());
   Options options = StreamOptions(server);

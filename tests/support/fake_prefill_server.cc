@@ -82,7 +82,7 @@ grpc::Status FakePrefillServer::Prefill(grpc::ServerContext* context,
     last_request_ = *request;
     peers_.push_back(context->peer());
   }
-  if (options_.refuse) return Refuse(context);
+  if (options_.refuse || options_.refuse_prefill) return Refuse(context);
   const StreamFault fault = options_.stream_fault;
   const FakeKv kv = MakeKv(*request);
   const uint32_t stripes = std::max<uint32_t>(request->stripes(), 1);

@@ -44,6 +44,7 @@ struct FakeServerOptions {
   StreamFault stream_fault = StreamFault::kNone;
   grpc::Status error;  // of kError, and of every call if `refuse`
   bool refuse = false;
+  bool refuse_prefill = false;     // only Prefill ends with `error`
   int64_t retry_pushback_ms = -1;  // with refuse
   int32_t first_token = 42;
   std::vector<v1::TargetStatus> targets;  // what done says of push targets
