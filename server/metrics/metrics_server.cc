@@ -34,6 +34,11 @@ absl::StatusOr<std::unique_ptr<MetricsServer>> MetricsServer::Start(const std::s
   auto impl = std::make_unique<Impl>();
   // A scrape is short; few threads are enough and a slow reader cannot hold them for long.
   impl->server.new_task_queue = [] { return new httplib::ThreadPool(2); };
+  // The library's default shares the port with any other process (SO_REUSEPORT).
+  impl->server.set_socket_options([](socket_t socket) {
+    const int yes = 1;
+    setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes));
+  });
   impl->server.set_read_timeout(5);
   impl->server.set_write_timeout(5);
   impl->server.set_keep_alive_timeout(5);
