@@ -3,6 +3,7 @@
 #include <cstring>
 #include <utility>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_format.h"
 #include "absl/types/span.h"
@@ -87,20 +88,21 @@ absl::StatusOr<IndexerWeights> ReadIndexer(const std::string& path,
   if (format != kIndexerFormat) {
     return absl::InvalidArgumentError(
         absl::StrFormat("%s: not an indexer file: metadata format is '%s', expected '%s'", path,
-                        format, kIndexerFormat));
+                        absl::CHexEscape(format), kIndexerFormat));
   }
   weights.weights_id = take("weights_id");
   if (!expectation.weights_id.empty() && weights.weights_id != expectation.weights_id) {
     return absl::FailedPreconditionError(absl::StrFormat(
         "%s: the indexer was distilled for weights_id %s, the model has %s: distil one for this "
         "model with vsprefill-distill",
-        path, weights.weights_id, expectation.weights_id));
+        path, absl::CHexEscape(weights.weights_id), expectation.weights_id));
   }
   const std::string hidden = take("hidden");
   if (!absl::SimpleAtoi(hidden, &weights.hidden) || weights.hidden < 1 ||
       weights.hidden > kMaxHidden) {
-    return absl::InvalidArgumentError(absl::StrFormat(
-        "%s: metadata hidden is '%s', expected a number in [1, %d]", path, hidden, kMaxHidden));
+    return absl::InvalidArgumentError(
+        absl::StrFormat("%s: metadata hidden is '%s', expected a number in [1, %d]", path,
+                        absl::CHexEscape(hidden), kMaxHidden));
   }
   const int64_t groups = expectation.num_groups, width = weights.hidden;
   const int64_t features = 2 * int64_t{expectation.head_dim};
