@@ -159,10 +159,15 @@ TEST(StreamTest, StripesCarryTheirLayers) {
 TEST(StreamTest, RequestsRunInOrderOfArrival) {
   TestServiceOptions options;
   absl::Mutex mu;
-  bool go = false;
-  options.model.on_layer = [&](int, int64_t) {
+  size_t released = 0;
+  size_t entered = 0;
+  // The n-th request to be computed waits for the n-th release.
+  options.model.on_layer = [&](int layer, int64_t) {
+    if (layer != 0) return absl::OkStatus();
     absl::MutexLock lock(&mu);
-    mu.Await(absl::Condition(&go));
+    ++entered;
+    const auto may_run = [&] { return released >= entered; };
+    mu.Await(absl::Condition(&may_run));
     return absl::OkStatus();
   };
   TestService service(options);
@@ -186,9 +191,12 @@ TEST(StreamTest, RequestsRunInOrderOfArrival) {
       absl::SleepFor(absl::Milliseconds(1));
     }
   }
-  {
+  // One at a time, so that what the clients see is the order of computing.
+  for (size_t i = 0; i < threads.size(); ++i) {
     absl::MutexLock lock(&mu);
-    go = true;
+    ++released;
+    const auto seen = [&] { return order.size() > i; };
+    mu.Await(absl::Condition(&seen));
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(order, (std::vector<std::string>{"r0", "r1", "r2", "r3"}));
