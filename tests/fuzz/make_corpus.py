@@ -6,6 +6,8 @@ import math
 import struct
 from pathlib import Path
 
+import xxhash
+
 HERE = Path(__file__).resolve().parent / "corpus"
 
 
@@ -102,9 +104,49 @@ INDEXER = {
 }
 
 
+def varint(value):
+    out = b""
+    while value > 0x7f:
+        out += bytes([value & 0x7f | 0x80])
+        value >>= 7
+    return out + bytes([value])
+
+
+def kv_message(layer, begin, end, payload=None, checksum=None, tail=b""):
+    """A PrefillEvent with a KV chunk, for the cache of kv_chunk_fuzz.cc: 8 bytes a token and layer."""
+    payload = bytes((layer + i) % 64 for i in range(8 * (end - begin))) if payload is None else payload
+    checksum = xxhash.xxh3_64_intdigest(payload) if checksum is None else checksum
+    body = (b"\x08" + varint(layer) + b"\x10" + varint(begin) + b"\x18" + varint(end)
+            + b"\x21" + struct.pack("<Q", checksum) + tail + b"\x7a" + varint(len(payload)) + payload)
+    return b"\x12" + varint(len(body)) + body
+
+
+def messages(*parts):
+    return b"".join(struct.pack("<H", len(m)) + m for m in parts)
+
+
+WHOLE = [kv_message(0, 1, 4), kv_message(1, 1, 4), kv_message(1, 4, 6), kv_message(0, 4, 6)]
+KV_CHUNKS = {
+    "whole": messages(*WHOLE),
+    "overlap": messages(*WHOLE, kv_message(0, 3, 5)),
+    "checksum": messages(kv_message(0, 1, 6, checksum=1)),
+    "short": messages(kv_message(0, 1, 6, payload=b"x" * 39)),
+    "layer": messages(kv_message(2, 1, 6), kv_message(1 << 40, 1, 6)),
+    "range": messages(kv_message(0, 0, 2), kv_message(0, 5, 7), kv_message(0, 2**63 - 1, 2**63 - 1)),
+    "unknown": messages(kv_message(0, 1, 6, tail=b"\xa0\x06\x05")),
+    "two": messages(WHOLE[0] + WHOLE[1], b"\x1a\x02\x08\x07", b"", b"\x12"),
+}
+IDS = {
+    "plain": b"[1, 2, 3]\n", "space": b" [\n0 ,\t2147483647\r\n] ", "empty": b"[]",
+    "float": b"[1.5]", "negative": b"[-1]", "large": b"[99999999999999999999]", "text": b'["\x01\xff"]',
+    "nested": b"[[1]]", "zero": b"[01]", "behind": b"[1] 2",
+}
+
+
 def main():
     for kind, seeds in (("config", {k: json.dumps(v).encode() for k, v in CONFIG.items()}),
-                        ("safetensors", SAFETENSORS), ("indexer", INDEXER)):
+                        ("safetensors", SAFETENSORS), ("indexer", INDEXER),
+                        ("kv_chunk", KV_CHUNKS), ("ids", IDS)):
         folder = HERE / kind
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in seeds.items():
