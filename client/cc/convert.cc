@@ -47,8 +47,8 @@ absl::StatusOr<kv::KvLayout> LayoutFromProto(const v1::KvLayout& p) {
 }
 
 int64_t Clamp(uint64_t v) {
-  constexpr auto kMax = static_cast<uint64_t>(std::numeric_limits<int64_t>::max());
-  return static_cast<int64_t>(v < kMax ? v : kMax);
+  constexpr auto most = static_cast<uint64_t>(std::numeric_limits<int64_t>::max());
+  return static_cast<int64_t>(v < most ? v : most);
 }
 
 }  // namespace

@@ -12,21 +12,21 @@
 
 namespace vsprefill::client {
 
-v1::PrefillRequest ToProto(const PrefillRequest& request);
+v1::PrefillRequest ToProto(const PrefillRequest& r);
 
 /// DATA_LOSS: a size that is zero or beyond what any model has, an unknown dtype, or
 /// start_token >= prompt_tokens.
-absl::StatusOr<KvShape> ShapeFromProto(const v1::KvLayout& layout);
-absl::StatusOr<Accepted> FromProto(const v1::Accepted& accepted);
-KvManifest FromProto(const v1::KvManifest& manifest);
-PrefillStats FromProto(const v1::PrefillStats& stats);
-TargetStatus FromProto(const v1::TargetStatus& target);
+absl::StatusOr<KvShape> ShapeFromProto(const v1::KvLayout& p);
+absl::StatusOr<Accepted> FromProto(const v1::Accepted& p);
+KvManifest FromProto(const v1::KvManifest& p);
+PrefillStats FromProto(const v1::PrefillStats& p);
+TargetStatus FromProto(const v1::TargetStatus& p);
 /// DATA_LOSS as ShapeFromProto; the layout's token counts are not looked at.
-absl::StatusOr<ModelInfo> FromProto(const v1::ModelInfo& info);
-ServerLoad FromProto(const v1::Load& load);
+absl::StatusOr<ModelInfo> FromProto(const v1::ModelInfo& p);
+ServerLoad FromProto(const v1::Load& p);
 
 /// The codes of gRPC and Abseil are the same.
-absl::Status FromGrpc(const grpc::Status& status);
-grpc::Status ToGrpc(const absl::Status& status);
+absl::Status FromGrpc(const grpc::Status& s);
+grpc::Status ToGrpc(const absl::Status& s);
 
 }  // namespace vsprefill::client

@@ -26,18 +26,18 @@ KvDestination HostKv::destination() const {
   d.rows = shape_.sent_tokens();
   d.row0_token = shape_.start_token;
   for (int l = 0; l < shape_.layout.num_layers; ++l) {
-    uint8_t* k = data_.get() + 2 * l * part_bytes();
+    uint8_t* k = data_.get() + int64_t{2} * l * part_bytes();
     d.layers.push_back({k, k + part_bytes()});
   }
   return d;
 }
 
 absl::Span<const uint8_t> HostKv::k(int layer) const {
-  return {data_.get() + 2 * layer * part_bytes(), static_cast<size_t>(part_bytes())};
+  return {data_.get() + int64_t{2} * layer * part_bytes(), static_cast<size_t>(part_bytes())};
 }
 
 absl::Span<const uint8_t> HostKv::v(int layer) const {
-  return {data_.get() + (2 * layer + 1) * part_bytes(), static_cast<size_t>(part_bytes())};
+  return {data_.get() + (int64_t{2} * layer + 1) * part_bytes(), static_cast<size_t>(part_bytes())};
 }
 
 }  // namespace vsprefill::client

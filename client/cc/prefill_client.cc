@@ -105,6 +105,7 @@ absl::StatusOr<PrefillResult> PrefillClient::Prefill(const PrefillRequest& reque
     return absl::InvalidArgumentError("no destination for the KV cache");
   }
   std::vector<grpc::GenericStub*> stubs;
+  stubs.reserve(static_cast<size_t>(request.stripes));
   for (int i = 0; i < request.stripes; ++i) stubs.push_back(connections_->stub(i));
   PrefillRun run(stubs, request, handlers);
   if (cancellation == nullptr) return run.Run();

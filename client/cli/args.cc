@@ -87,9 +87,9 @@ std::string Args::Get(absl::string_view name, absl::string_view otherwise) const
 }
 
 const std::vector<std::string>& Args::GetAll(absl::string_view name) const {
-  static const auto* const kNone = new std::vector<std::string>;
+  static const auto* const none = new std::vector<std::string>;
   const auto it = values_.find(std::string(name));
-  return it == values_.end() ? *kNone : it->second;
+  return it == values_.end() ? *none : it->second;
 }
 
 absl::StatusOr<int64_t> Args::GetInt(absl::string_view name, int64_t otherwise, int64_t min,

@@ -27,7 +27,7 @@ struct Options {
 };
 
 /// INVALID_ARGUMENT or NOT_FOUND: what is wrong with the command line or the ids file.
-absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args);
+absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& argv);
 std::string HelpText();
 
 }  // namespace vsprefill::decode
