@@ -129,6 +129,7 @@ absl::StatusOr<Capture> Teacher::Run(absl::Span<const int32_t> ids, bool with_qu
   chunk.cache = cache_.get();
   model::ForwardOptions options;
   options.method = &method;
+  options.all_rows = true;
   VSP_RETURN_IF_ERROR(model_->Forward({&chunk, 1}, options).status());
   VSP_RETURN_IF_ERROR(model_->Synchronize());
 

@@ -73,7 +73,7 @@ absl::Status ForwardPass::RunLayer(int layer, absl::Span<const SequenceChunk> ba
   if (timed) result->indexer_seconds += scored - begin;
 
   // What follows the last layer's KV only serves the logits: skip the rows that have none.
-  const bool last_layer = layer + 1 == model_.config->num_layers;
+  const bool last_layer = layer + 1 == model_.config->num_layers && !options.all_rows;
   if (last_layer && options.logits == LogitsMode::kNone) return absl::OkStatus();
   const bool last_token_only = last_layer && options.logits == LogitsMode::kLast;
   VSP_RETURN_IF_ERROR(Attend(layer, batch, last_token_only, options));

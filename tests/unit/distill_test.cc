@@ -6,10 +6,14 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <filesystem>
+#include <numeric>
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
+#include "absl/types/span.h"
 #include "kernels/indexer.h"
 #include "server/model/safetensors.h"
 #include "server/model/vs_indexer.h"
@@ -17,6 +21,7 @@
 #include "training/coverage.h"
 #include "training/progress.h"
 #include "training/student.h"
+#include "training/teacher.h"
 #include "training/trainer.h"
 
 namespace vsprefill::training {
@@ -266,6 +271,28 @@ TEST_F(CorpusTest, BadFilesAreRefused) {
   Write({1, 2, 3}, {0, 2}, {0});
   EXPECT_EQ(Corpus::Load(path_, 100).status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(Corpus::Load(path_ + ".none", 100).status().code(), absl::StatusCode::kNotFound);
+}
+
+// Serving skips the rows of the last layer that no logits need; the teacher must not.
+TEST(TeacherTest, EveryLayerSumsToOne) {
+  const char* fixtures = std::getenv("VSP_FIXTURES");
+  model::LoadOptions options;
+  options.model_dir = absl::StrCat(fixtures != nullptr ? fixtures : "models/fixtures", "/llama");
+  options.dtype = kernels::DType::kF32;
+  options.indexer_path = "none";
+  absl::StatusOr<std::unique_ptr<Teacher>> teacher = Teacher::Create(options, 64);
+  ASSERT_TRUE(teacher.ok()) << teacher.status() << "; fixtures: deploy/local/setup.sh --fixtures";
+  std::vector<int32_t> ids(50);
+  std::iota(ids.begin(), ids.end(), 1);
+  // Twice: a layer that was skipped would show the first text's sums.
+  ASSERT_TRUE((*teacher)->Run(absl::MakeSpan(ids).first(20), true).ok());
+  const absl::StatusOr<Capture> capture = (*teacher)->Run(ids, true);
+  ASSERT_TRUE(capture.ok()) << capture.status();
+  for (const torch::Tensor& sums : {capture->columns, capture->diagonals}) {
+    ASSERT_EQ(sums.size(0), (*teacher)->model().config().num_layers);
+    EXPECT_LT((sums.sum(-1) - 1).abs().max().item<float>(), 1e-3f);
+  }
+  EXPECT_GT(capture->queries.abs().amax({1, 2, 3}).min().item<float>(), 0.0f);
 }
 
 TEST(CoverageTest, TileMassesAndVisiblePairsAgreeWithANaiveSoftmax) {
