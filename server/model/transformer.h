@@ -44,8 +44,8 @@ enum class LogitsMode { kNone, kLast, kScores };
 struct ForwardOptions {
   attention::AttentionMethod* method = nullptr;
   LogitsMode logits = LogitsMode::kNone;
-  /// The last layer's attention runs only for rows whose logits are wanted; true: for every row. For
-  /// a method that watches attention instead of serving logits (the trainer's).
+  /// The last layer's attention runs only for rows whose logits are wanted; true: for every row.
+  /// For a method that watches attention instead of serving logits (the trainer's).
   bool all_rows = false;
   /// Called on the engine thread after layer `layer` of the chunk was computed (CPU) or enqueued
   /// (CUDA; the caller records an event on stream()). An error ends the forward call with it: this
