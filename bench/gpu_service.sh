@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# The service on a GPU: the same prompt on GPU and CPU must give the same KV and tokens; then the figures of
+# SmolLM2 and of a Llama-3.1-8B-shaped random model. Logs and JSON go to $OUT (default gpu_out).
+#
+#   bench/gpu_service.sh DIR MODEL IDS      DIR: bin/ and lib/ from bench/pack_gpu.sh, or a build folder;
+#                                           MODEL: SmolLM2 directory with its indexer; IDS: a real prompt's ids
+#
+# PARTS="check smollm2 llama8b" picks parts; RANDOM_MODEL is where the random model is or will be (17 GB).
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+dir=$1 model=$2 ids=$3
+out=${OUT:-gpu_out}
+python=${PYTHON:-python3}
+parts=${PARTS:-check smollm2 llama8b}
+random_model=${RANDOM_MODEL:-/tmp/llama-3.1-8b-random}
+mkdir -p "$out"
+torch=$("$python" -c 'import torch; print(torch.__path__[0])') || exit 1
+libraries=$dir/lib:$torch/lib
+for folder in "$(dirname "$torch")"/nvidia/*/lib; do libraries+=:$folder; done
+export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+failed=0
+
+# with_server FLAGS... -- COMMAND...: COMMAND with $server, the address of a server of its own.
+with_server() {
+  local flags=()
+  while [ "$1" != -- ]; do flags+=("$1"); shift; done
+  shift
+  "$dir/bin/vsprefill-server" --listen 127.0.0.1:0 --metrics_listen 127.0.0.1:0 "${flags[@]}" >"$out/server.out" 2>>"$out/server.log" &
+  local pid=$!
+  for _ in $(seq 300); do
+    server=$(sed -n 's/^listening on //p' "$out/server.out")
+    if [ -n "$server" ] || ! kill -0 $pid 2>/dev/null; then break; fi
+    sleep 0.2
+  done
+  "$@" || failed=1
+  kill $pid
+  wait $pid
+}
+
+# shellcheck disable=SC2329  # called through with_server
+dumps() {
+  for method in dense vsprefill; do
+    "$dir/bin/vsprefill" prefill --server "$server" --ids "$ids" --method "$method" --stripes 2 \
+      --dump "$out/$1.$method.safetensors" || return 1
+  done
+}
+
+# shellcheck disable=SC2329  # called through with_server
+decode() {
+  for method in dense vsprefill; do
+    "$dir/bin/vsprefill-decode" --model "$model" --prefill "$server" --ids "$ids" --method "$method" --max_new_tokens 48 \
+      --device "$1" --dtype "$2" || return 1
+  done
+}
+
+if [[ " $parts " == *" check "* ]]; then
+  for device in cuda cpu; do
+    echo "== $device, bf16, 1,000-token chunks"
+    with_server --model "$model" --device $device --chunk_tokens 1000 -- dumps $device
+    echo "== $device, bf16, 2,048-token chunks: tokens"
+    with_server --model "$model" --device $device -- decode $device bf16
+  done
+  for method in dense vsprefill; do
+    echo "== $method: KV of the GPU against the CPU's"
+    "$python" bench/compare_kv.py "$out/cuda.$method.safetensors" "$out/cpu.$method.safetensors" --min_cosine 0.99 || failed=1
+  done
+  rm -f "$out"/*.safetensors
+fi
+if [[ " $parts " == *" smollm2 "* ]]; then
+  echo "== SmolLM2-135M, bf16, GPU"
+  "$python" bench/service_bench.py --bin "$dir/bin" --model "$model" --ids "$ids" --methods dense,vsprefill \
+    --json "$out/service_smollm2.json" -- --device cuda || failed=1
+fi
+if [[ " $parts " == *" llama8b "* ]]; then
+  if [ ! -f "$random_model/indexer.safetensors" ]; then
+    "$python" bench/make_random_model.py --shape llama-3.1-8b --out "$random_model" || exit 1
+  fi
+  echo "== Llama-3.1-8B shape, random weights, bf16, GPU; VSPrefill's budget forced to 5 % density"
+  "$python" bench/service_bench.py --bin "$dir/bin" --model "$random_model" --lengths 8192,32768,131072 --stripes 1,4 --repeats 1 \
+    --methods dense,vsprefill:threshold=0:max_density=0.05 --json "$out/service_llama8b.json" \
+    -- --device cuda --kv_pool_bytes 24GiB --chunk_tokens "${CHUNK_TOKENS:-8192}" || failed=1
+fi
+exit $failed
