@@ -53,8 +53,6 @@ export GTEST_OUTPUT=xml:$results/ctest/
 
 ctest_arguments=(--test-dir build -j "$jobs" --output-on-failure --output-junit "$results/ctest.xml" --no-tests=ignore)
 pytest_arguments=(-q -p no:cacheprovider --junitxml "$results/pytest.xml" tests/python)
-# A shared CI machine can starve a test of processor time: a program that fails there has one more try.
-if [ "${CI:-}" = true ]; then ctest_arguments+=(--repeat until-pass:2); fi
 if [ -n "$filter" ]; then
   ctest_arguments+=(-R "$filter")
   pytest_arguments+=(-k "$filter")
