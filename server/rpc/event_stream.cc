@@ -51,6 +51,7 @@ void EventStream::OnChunk(std::shared_ptr<kv::StagedChunk> chunk) {
     absl::MutexLock lock(&mu_);
     job = job_;
   }
+  lent_->Add(chunk);
   Message message{ChunkMessage(chunk), chunk->bytes, nullptr};
   if (job != nullptr) message.on_handed = [job] { job->FirstChunkHanded(); };
   Enqueue(std::move(message), /*at_front=*/false);
@@ -161,7 +162,6 @@ void EventStream::Close(const absl::Status& status, bool drop_events, absl::Dura
   std::deque<Message> dropped;  // destroyed outside of the lock: chunks go with it
   {
     absl::MutexLock lock(&mu_);
-    if (done_) return;
     if (!close_status_.has_value()) close_status_ = status;
     if (drop_events) dropped.swap(queue_);
   }
@@ -172,6 +172,8 @@ void EventStream::Close(const absl::Status& status, bool drop_events, absl::Dura
 // Finish alone waits behind data that the client never reads. Cancelling the call with a status
 // sends that status at once, past flow control, and frees what gRPC holds.
 void EventStream::CutOff(const absl::Status& status) {
+  // Also where the call is over: the connection may still hold what was written.
+  lent_->Reclaim(sender_, peer_);
   grpc_call* call;
   {
     absl::MutexLock lock(&mu_);

@@ -19,6 +19,7 @@
 #include "server/engine/job.h"
 #include "server/engine/receiver.h"
 #include "server/kv/kv_sender.h"
+#include "server/rpc/lent_chunks.h"
 
 namespace vsprefill::rpc {
 
@@ -55,7 +56,7 @@ class EventStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   };
 
   EventStream(grpc::CallbackServerContext* context, kv::KvSender& sender, absl::Duration linger)
-      : context_(context), sender_(sender), linger_(linger) {}
+      : context_(context), sender_(sender), linger_(linger), peer_(context->peer()) {}
   void Enqueue(Message message, bool at_front);
   void Pump();
   /// No event follows; the call ends with `status` after those that wait.
@@ -65,6 +66,8 @@ class EventStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   grpc::CallbackServerContext* const context_;
   kv::KvSender& sender_;
   const absl::Duration linger_;
+  const std::string peer_;
+  const std::shared_ptr<LentChunks> lent_ = std::make_shared<LentChunks>();
   grpc::ByteBuffer writing_bytes_;  // owned by the write that is under way
   int64_t writing_kv_bytes_ = 0;
   absl::Time writing_since_;

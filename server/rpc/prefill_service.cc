@@ -49,7 +49,7 @@ absl::Status PrefillService::StartPrefill(grpc::CallbackServerContext* context,
   std::vector<std::shared_ptr<engine::Receiver>> targets;
   for (const std::string& target : request.push_targets) {
     if (absl::Status status = push_allow_.Check(target); !status.ok()) return rejected(status);
-    targets.push_back(std::make_shared<PushStream>(target, pushes_));
+    targets.push_back(std::make_shared<PushStream>(target, pushes_, engine_.sender()));
   }
   VSP_ASSIGN_OR_RETURN(const std::shared_ptr<engine::Job> job,
                        engine_.Submit(std::move(request), std::move(caller), std::move(targets)));

@@ -73,6 +73,7 @@ void PushStream::OnStarted() {
 
 void PushStream::OnChunk(std::shared_ptr<kv::StagedChunk> chunk) {
   job_->FirstChunkHanded();
+  lent_->Add(chunk);
   Enqueue({ChunkMessage(chunk), chunk->bytes, false});
 }
 
@@ -195,12 +196,15 @@ void PushStream::OnFailed(const absl::Status& status) {
     started = holding_ || self_ != nullptr;
   }
   job_->TargetFinished(stream_, status, 0);
-  if (started) context_.TryCancel();
+  if (started) {
+    context_.TryCancel();
+    lent_->Reclaim(sender_, target_);
+  }
   Pump();
 }
 
 std::shared_ptr<engine::Receiver> PushStream::Renew() {
-  return std::make_shared<PushStream>(target_, tracker_);
+  return std::make_shared<PushStream>(target_, tracker_, sender_);
 }
 
 }  // namespace vsprefill::rpc

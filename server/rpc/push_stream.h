@@ -18,6 +18,7 @@
 #include "absl/time/time.h"
 #include "server/engine/job.h"
 #include "server/engine/receiver.h"
+#include "server/rpc/lent_chunks.h"
 
 namespace vsprefill::rpc {
 
@@ -38,8 +39,9 @@ class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::
                          public engine::Receiver,
                          public std::enable_shared_from_this<PushStream> {
  public:
-  PushStream(std::string target, std::shared_ptr<PushTracker> tracker)
-      : target_(std::move(target)), tracker_(std::move(tracker)) {}
+  /// `sender` must outlive the call.
+  PushStream(std::string target, std::shared_ptr<PushTracker> tracker, kv::KvSender& sender)
+      : target_(std::move(target)), tracker_(std::move(tracker)), sender_(sender) {}
 
   // engine::Receiver (sender thread).
   void OnAccepted(std::shared_ptr<engine::Job> job, int stream) override;
@@ -69,6 +71,8 @@ class PushStream final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::
 
   const std::string target_;
   const std::shared_ptr<PushTracker> tracker_;
+  kv::KvSender& sender_;
+  const std::shared_ptr<LentChunks> lent_ = std::make_shared<LentChunks>();
   // Set once on the sender thread before the call starts.
   std::shared_ptr<engine::Job> job_;
   int stream_ = 0;
