@@ -95,12 +95,29 @@ absl::StatusOr<Text> Prepare(Teacher& teacher, const model::VsIndexer& indexer,
   return text;
 }
 
-MaskFn VerticalSlash(IndexMasker* masker, const torch::Tensor& logits) {
-  return [masker, logits](int layer, const torch::Tensor& knobs) {
-    const torch::Tensor host = knobs[layer].to(torch::kCPU, torch::kFloat32).contiguous();
+/// Mass per cost; the knob is the threshold, times `scale` [layers, groups] where it is defined.
+MaskFn VerticalSlash(IndexMasker* masker, const torch::Tensor& logits,
+                     const torch::Tensor& scale = {}) {
+  return [masker, logits, scale](int layer, const torch::Tensor& knobs) {
+    torch::Tensor scaled = knobs[layer].to(torch::kCPU, torch::kFloat32);
+    if (scale.defined()) scaled = scaled * scale[layer];
+    scaled = scaled.contiguous();
+    kernels::SelectionParams params;
+    params.threshold = 1.0f;
     return masker->Mask(
-        logits[0][layer], logits[1][layer],
-        std::vector<float>(host.data_ptr<float>(), host.data_ptr<float>() + host.numel()));
+        logits[0][layer], logits[1][layer], params,
+        std::vector<float>(scaled.data_ptr<float>(), scaled.data_ptr<float>() + scaled.numel()));
+  };
+}
+
+/// The paper's rule: verticals and slashes up to a share tau = 1 - knob of their predicted mass.
+MaskFn Cumulative(IndexMasker* masker, const torch::Tensor& logits) {
+  return [masker, logits](int layer, const torch::Tensor& knobs) {
+    kernels::SelectionParams params;
+    params.rule = kernels::SelectionRule::kCumulative;
+    params.tau_vertical = params.tau_slash = 1 - knobs[layer][0].item<float>();
+    return masker->Mask(logits[0][layer], logits[1][layer], params,
+                        std::vector<float>(logits.size(2), 1.0f));
   };
 }
 
@@ -196,6 +213,11 @@ absl::StatusOr<LengthReport> Evaluate(Teacher& teacher, const model::IndexerWeig
   torch::NoGradGuard no_grad;
   VSP_ASSIGN_OR_RETURN(const std::unique_ptr<model::VsIndexer> indexer,
                        model::VsIndexer::Create(weights, teacher.model().device()));
+  torch::Tensor scale;
+  for (const std::vector<float>& layer : weights.threshold_scale) {
+    const torch::Tensor row = torch::tensor(layer).unsqueeze(0);
+    scale = scale.defined() ? torch::cat({scale, row}) : row;
+  }
   LengthReport report;
   report.length = texts[0].size();
   report.texts = texts.size();
@@ -206,16 +228,21 @@ absl::StatusOr<LengthReport> Evaluate(Teacher& teacher, const model::IndexerWeig
     report.tiles = text.tiles.num_tiles();
     IndexMasker masker(&teacher.model(), &text.tiles);
     const double longest = std::log2(report.length);
-    const std::vector<Method> methods = {
+    std::vector<Method> methods = {
         {"vsprefill", VerticalSlash(&masker, text.indexer), -8, 16},
         {"vsprefill, same density in every group", VerticalSlash(&masker, text.indexer), -8, 16,
          true},
+        {"vsprefill, cumulative thresholds", Cumulative(&masker, text.indexer), -7, -0.01},
         {"oracle (true sums)", VerticalSlash(&masker, text.truth), -8, 16},
         {"vertical-slash, last 64 queries", VerticalSlash(&masker, text.last_rows), -8, 16},
         {"sinks + window", SinksAndWindow(&text), 0, longest},
         {"mean-pooled blocks of 64", MeanPooled(&text, text.pooled64, 64), -40, 0.5},
         {"mean-pooled blocks of 128", MeanPooled(&text, text.pooled128, 128), -40, 0.5},
     };
+    if (!weights.threshold_scale.empty()) {
+      methods.insert(methods.begin() + 1, {"vsprefill, with the indexer's threshold scale",
+                                           VerticalSlash(&masker, text.indexer, scale), -8, 16});
+    }
     size_t slot = 0;
     for (const Method& method : methods) {
       for (double density : options.densities) {
@@ -242,11 +269,11 @@ absl::StatusOr<LengthReport> Evaluate(Teacher& teacher, const model::IndexerWeig
 std::string FormatTable(const LengthReport& report) {
   std::string table = absl::StrFormat(
       "Attention mass covered at equal density: %d held-out texts of %d tokens, %d row tiles each\n"
-      "%-40s %8s %8s %8s %8s %8s\n",
+      "%-48s %8s %8s %8s %8s %8s\n",
       report.texts, report.length, report.tiles, "method", "wanted", "density", "mean", "low 10%",
       "min");
   for (const CoverageResult& r : report.results) {
-    absl::StrAppendFormat(&table, "%-40s %8.2f %8.3f %8.3f %8.3f %8.3f\n", r.method,
+    absl::StrAppendFormat(&table, "%-48s %8.2f %8.3f %8.3f %8.3f %8.3f\n", r.method,
                           r.wanted_density, r.density, r.mean, r.lowest_tenth, r.minimum);
   }
   return table;

@@ -28,7 +28,8 @@ IndexMasker::IndexMasker(model::Transformer* model, const TileSet* tiles)
 
 absl::StatusOr<torch::Tensor> IndexMasker::Mask(const torch::Tensor& vertical_logits,
                                                 const torch::Tensor& slash_logits,
-                                                const std::vector<float>& thresholds) {
+                                                kernels::SelectionParams params,
+                                                const std::vector<float>& scale) {
   const torch::Tensor vertical = vertical_logits.contiguous(), slash = slash_logits.contiguous();
   kernels::SelectionInput input;
   input.vertical_logits = vertical.data_ptr<float>();
@@ -38,14 +39,8 @@ absl::StatusOr<torch::Tensor> IndexMasker::Mask(const torch::Tensor& vertical_lo
   input.group_size = group_size_;
   input.kv_tokens = tiles_->tokens;
   input.prompt_tokens = tiles_->tokens;
-  input.threshold_scale = thresholds.data();
-  kernels::SelectionParams params;
-  params.rule = kernels::SelectionRule::kMassPerCost;
-  params.threshold = 1.0f;
+  input.threshold_scale = scale.data();
   params.last_dense_tokens = 0;
-  params.min_vertical_ratio = 0;
-  params.min_slash_ratio = 0;
-  params.max_density = 1;
   kernels::SparseIndexView index;
   index.num_groups = groups_;
   index.verticals = verticals_.data_ptr<int32_t>();

@@ -20,12 +20,13 @@ class IndexMasker {
   /// For texts of `tiles.tokens` tokens; `model` and `tiles` outlive it.
   IndexMasker(model::Transformer* model, const TileSet* tiles);
 
-  /// Selects with mass per cost at thresholds[g] from logits float32 [groups, tokens] (no forced
-  /// last rows) and returns which (tile, column) is read: bool [groups, tiles, tokens], columns
-  /// past a tile's rows included.
+  /// Selects by `params` (their forced last rows left out), the threshold of group g times
+  /// scale[g], from logits float32 [groups, tokens] and returns which (tile, column) is read: bool
+  /// [groups, tiles, tokens], columns past a tile's rows included.
   absl::StatusOr<torch::Tensor> Mask(const torch::Tensor& vertical_logits,
                                      const torch::Tensor& slash_logits,
-                                     const std::vector<float>& thresholds);
+                                     kernels::SelectionParams params,
+                                     const std::vector<float>& scale);
 
  private:
   model::Transformer* model_;
