@@ -11,6 +11,7 @@ has it.
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -20,22 +21,31 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "deploy/local"))
+import default_card  # noqa: E402
 
+# A program of its own: vLLM starts workers that import the main module again.
 VLLM = """
 import json, sys, time
 from vllm import LLM, SamplingParams
-model, ids_file, lengths, repeats = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
-ids = json.load(open(ids_file))
-llm = LLM(model=model, dtype=sys.argv[5], max_model_len=8192, enable_prefix_caching=False, disable_log_stats=True,
-          max_num_batched_tokens=8192)
-one = SamplingParams(max_tokens=1, temperature=0)
-for length in lengths:
-    times = []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        llm.generate({"prompt_token_ids": ids[:length]}, one, use_tqdm=False)
-        times.append(time.perf_counter() - begin)
-    print("RESULT", json.dumps([length, min(times[1:])]), flush=True)
+
+
+def main():
+    model, ids_file, lengths, repeats = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
+    ids = json.load(open(ids_file))
+    llm = LLM(model=model, dtype=sys.argv[5], max_model_len=8192, enable_prefix_caching=False, disable_log_stats=True,
+              max_num_batched_tokens=8192)
+    one = SamplingParams(max_tokens=1, temperature=0)
+    for length in lengths:
+        times = []
+        for _ in range(repeats + 1):
+            begin = time.perf_counter()
+            llm.generate({"prompt_token_ids": ids[:length]}, one, use_tqdm=False)
+            times.append(time.perf_counter() - begin)
+        print("RESULT", json.dumps([length, min(times[1:])]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
 """
 
 
@@ -66,8 +76,8 @@ def time_transformers(model, ids, repeats, dtype, threads):
     return min(times[1:])
 
 
-def run(command, what):
-    result = subprocess.run(command, capture_output=True, text=True)
+def run(command, what, environment=None):
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
     if result.returncode != 0:
         sys.exit(f"cpu_speed: {what} failed: {result.stderr[-2000:]}")
     return result.stdout
@@ -124,17 +134,29 @@ def main():
             bench = json.loads(bench_json.read_text())
             rows.append(dict(tokens=length, transformers=seconds, bench=bench))
             print_row(rows[-1])
+        if arguments.json:
+            write_json(arguments.json, commit, rows)
         if arguments.vllm_python:
             ids_file.write_text(json.dumps(all_ids))
             settings = [json.dumps(lengths), str(arguments.repeats), arguments.dtype]
-            output = run([arguments.vllm_python, "-c", VLLM, arguments.model, ids_file, *settings], "vllm")
+            program = Path(folder) / "vllm_times.py"
+            program.write_text(VLLM)
+            offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+            output = run([arguments.vllm_python, program, arguments.model, ids_file, *settings], "vllm", offline)
             print("\nvLLM CPU, seconds: ", end="")
             results = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("RESULT")]
             print(", ".join(f"{length}: {seconds:.2f}" for length, seconds in results))
             for row, (_, seconds) in zip(rows, results):
                 row["vllm"] = seconds
-    if arguments.json:
-        arguments.json.write_text(json.dumps(dict(processor=processor(), commit=commit, rows=rows), indent=1))
+            if arguments.json:
+                write_json(arguments.json, commit, rows)
+    print("\nThe default's card (deploy/local/default_card.json):")
+    print("\n".join(f"- {line}" for line in default_card.lines()))
+
+
+def write_json(path, commit, rows):
+    facts = dict(processor=processor(), commit=commit, date=time.strftime("%F"))
+    path.write_text(json.dumps(dict(**facts, rows=rows), indent=1))
 
 
 def print_row(row):

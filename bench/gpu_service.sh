@@ -2,18 +2,23 @@
 # The service on a GPU: the same prompt on GPU and CPU must give the same KV and tokens; then the figures of
 # SmolLM2 and of a Llama-3.1-8B-shaped random model. Logs and JSON go to $OUT (default gpu_out).
 #
-#   bench/gpu_service.sh DIR MODEL IDS      DIR: bin/ and lib/ from bench/pack_gpu.sh, or a build folder;
+#   bench/gpu_service.sh DIR [MODEL IDS]    DIR: bin/ and lib/ from bench/pack_gpu.sh, or a build folder;
 #                                           MODEL: SmolLM2 directory with its indexer; IDS: a real prompt's ids
 #
-# PARTS="check smollm2 llama8b" picks parts; RANDOM_MODEL is where the random model is or will be (17 GB).
+# PARTS="smoke check smollm2 llama8b whole8b" picks parts. `smoke` (a tiny random model) and the 8B-shaped parts make
+# their own model and need no MODEL. RANDOM_MODEL is where the 8B-shaped one is or will be (17 GB).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
-dir=$1 model=$2 ids=$3
+dir=$1 model=${2:-} ids=${3:-}
 out=${OUT:-gpu_out}
 python=${PYTHON:-python3}
-parts=${PARTS:-check smollm2 llama8b}
+parts=${PARTS:-smoke check smollm2 llama8b whole8b}
 random_model=${RANDOM_MODEL:-/tmp/llama-3.1-8b-random}
 mkdir -p "$out"
+if [ -z "$model" ] && [[ " $parts " == *" check "* || " $parts " == *" smollm2 "* ]]; then
+  echo "gpu_service.sh: the parts check and smollm2 need MODEL and IDS" >&2
+  exit 2
+fi
 torch=$("$python" -c 'import torch; print(torch.__path__[0])') || exit 1
 libraries=$dir/lib:$torch/lib
 for folder in "$(dirname "$torch")"/nvidia/*/lib; do libraries+=:$folder; done
@@ -53,31 +58,54 @@ decode() {
   done
 }
 
-if [[ " $parts " == *" check "* ]]; then
+# compare DTYPE: $model on GPU and CPU: KV dumps against each other, tokens printed beside each other.
+compare() {
   for device in cuda cpu; do
-    echo "== $device, bf16, 1,000-token chunks"
-    with_server --model "$model" --device $device --chunk_tokens 1000 -- dumps $device
-    echo "== $device, bf16, 2,048-token chunks: tokens"
-    with_server --model "$model" --device $device -- decode $device bf16
+    echo "== $device, $1, 1,000-token chunks"
+    with_server --model "$model" --device $device --dtype "$1" --chunk_tokens 1000 -- dumps $device
+    echo "== $device, $1, 2,048-token chunks: tokens"
+    with_server --model "$model" --device $device --dtype "$1" -- decode $device "$1"
   done
   for method in dense vsprefill; do
     echo "== $method: KV of the GPU against the CPU's"
     "$python" bench/compare_kv.py "$out/cuda.$method.safetensors" "$out/cpu.$method.safetensors" --min_cosine 0.99 || failed=1
   done
   rm -f "$out"/*.safetensors
+}
+
+# make_random_model SHAPE DIR: makes it unless it is there.
+make_random_model() {
+  if [ ! -f "$2/indexer.safetensors" ]; then
+    "$python" bench/make_random_model.py --shape "$1" --out "$2" || exit 1
+  fi
+}
+
+if [[ " $parts " == *" smoke "* ]]; then
+  tiny=$(mktemp -d)
+  make_random_model tiny "$tiny"
+  "$python" -c 'import json, random; print(json.dumps(random.Random(1).choices(range(1000), k=3000)))' >"$tiny/ids.json"
+  for dtype in fp32 bf16; do
+    model=$tiny ids=$tiny/ids.json compare $dtype
+  done
+  rm -rf "$tiny"
 fi
+if [[ " $parts " == *" check "* ]]; then compare bf16; fi
 if [[ " $parts " == *" smollm2 "* ]]; then
   echo "== SmolLM2-135M, bf16, GPU"
   "$python" bench/service_bench.py --bin "$dir/bin" --model "$model" --ids "$ids" --methods dense,vsprefill \
     --json "$out/service_smollm2.json" -- --device cuda || failed=1
 fi
-if [[ " $parts " == *" llama8b "* ]]; then
-  if [ ! -f "$random_model/indexer.safetensors" ]; then
-    "$python" bench/make_random_model.py --shape llama-3.1-8b --out "$random_model" || exit 1
-  fi
-  echo "== Llama-3.1-8B shape, random weights, bf16, GPU; VSPrefill's budget forced to 5 % density"
-  "$python" bench/service_bench.py --bin "$dir/bin" --model "$random_model" --lengths 8192,32768,131072 --stripes 1,4 --repeats 1 \
-    --methods dense,vsprefill:threshold=0:max_density=0.05 --json "$out/service_llama8b.json" \
-    -- --device cuda --kv_pool_bytes 24GiB --chunk_tokens "${CHUNK_TOKENS:-8192}" || failed=1
-fi
+# The budget of VSPrefill is forced to 5 % density: random weights give the indexer nothing to find.
+forced=vsprefill:threshold=0:max_density=0.05
+# llama8b NAME LENGTHS STRIPES CHUNK_TOKENS
+llama8b() {
+  make_random_model llama-3.1-8b "$random_model"
+  echo "== Llama-3.1-8B shape, random weights, bf16, GPU, chunks of $4 tokens; VSPrefill's budget forced to 5 % density"
+  "$python" bench/service_bench.py --bin "$dir/bin" --model "$random_model" --lengths "$2" --stripes "$3" --repeats 1 \
+    --methods "dense,$forced" --json "$out/service_$1.json" --server_log "$out/service_$1.log" \
+    -- --device cuda --kv_pool_bytes 24GiB --chunk_tokens "$4" || failed=1
+}
+if [[ " $parts " == *" llama8b "* ]]; then llama8b llama8b 8192,32768,131072 1,4 8192; fi
+# Whole prompts: the library's fastest dense attention (cuDNN) serves only those.
+if [[ " $parts " == *" whole8b "* ]]; then llama8b whole8b 131072 4 131072; fi
 exit $failed

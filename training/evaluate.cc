@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <utility>
 
 #include "absl/strings/str_format.h"
+#include "absl/strings/string_view.h"
+#include "server/attention/attention_method.h"
 #include "server/base/kernel_status.h"
 #include "server/base/status_macros.h"
 #include "training/coverage.h"
@@ -16,7 +19,7 @@
 namespace vsprefill::training {
 namespace {
 
-constexpr int kBisections = 18;
+constexpr int kBisections = 13;
 /// What the other methods always read: the same sinks as StreamingLLM's paper, one block and the
 /// local band.
 constexpr int64_t kStreamingSinks = 4;
@@ -95,14 +98,32 @@ absl::StatusOr<Text> Prepare(Teacher& teacher, const model::VsIndexer& indexer,
   return text;
 }
 
-/// Mass per cost; the knob is the threshold, times `scale` [layers, groups] where it is defined.
-MaskFn VerticalSlash(IndexMasker* masker, const torch::Tensor& logits,
+double DefaultOf(absl::string_view parameter) {
+  for (const attention::MethodSpec& method : attention::MethodSpecs()) {
+    for (const attention::ParameterSpec& spec : method.parameters) {
+      if (method.name == "vsprefill" && spec.name == parameter) return spec.default_value;
+    }
+  }
+  std::abort();  // a parameter of this program's own
+}
+
+/// What the served default always reads.
+kernels::SelectionParams BaseParams() {
+  kernels::SelectionParams params;
+  params.sink_tokens = static_cast<int32_t>(DefaultOf("sink_tokens"));
+  params.local_tokens = static_cast<int32_t>(DefaultOf("local_tokens"));
+  return params;
+}
+
+/// A threshold rule; the knob is the threshold, times `scale` [layers, groups] where it is defined.
+MaskFn VerticalSlash(IndexMasker* masker, kernels::SelectionRule rule, const torch::Tensor& logits,
                      const torch::Tensor& scale = {}) {
-  return [masker, logits, scale](int layer, const torch::Tensor& knobs) {
+  return [masker, rule, logits, scale](int layer, const torch::Tensor& knobs) {
     torch::Tensor scaled = knobs[layer].to(torch::kCPU, torch::kFloat32);
     if (scale.defined()) scaled = scaled * scale[layer];
     scaled = scaled.contiguous();
-    kernels::SelectionParams params;
+    kernels::SelectionParams params = BaseParams();
+    params.rule = rule;
     params.threshold = 1.0f;
     return masker->Mask(
         logits[0][layer], logits[1][layer], params,
@@ -113,11 +134,42 @@ MaskFn VerticalSlash(IndexMasker* masker, const torch::Tensor& logits,
 /// The paper's rule: verticals and slashes up to a share tau = 1 - knob of their predicted mass.
 MaskFn Cumulative(IndexMasker* masker, const torch::Tensor& logits) {
   return [masker, logits](int layer, const torch::Tensor& knobs) {
-    kernels::SelectionParams params;
+    kernels::SelectionParams params = BaseParams();
     params.rule = kernels::SelectionRule::kCumulative;
     params.tau_vertical = params.tau_slash = 1 - knobs[layer][0].item<float>();
     return masker->Mask(logits[0][layer], logits[1][layer], params,
                         std::vector<float>(logits.size(2), 1.0f));
+  };
+}
+
+/// What the server selects by default (no knob), prefilling in chunks of `chunk` tokens; 0: whole.
+/// A tile that two chunks share counts with the chunk of its first row.
+MaskFn ServedDefault(IndexMasker* masker, const Text& text, const torch::Tensor& scale,
+                     int64_t chunk) {
+  return [masker, &text, scale, chunk](int layer,
+                                       const torch::Tensor&) -> absl::StatusOr<torch::Tensor> {
+    kernels::SelectionParams params = BaseParams();
+    params.rule = static_cast<kernels::SelectionRule>(DefaultOf("rule"));
+    params.threshold = static_cast<float>(DefaultOf("threshold"));
+    const int64_t tokens = text.tiles.tokens;
+    const double full = DefaultOf("full_threshold_tokens");
+    if (tokens < full) params.threshold *= static_cast<float>(std::sqrt(tokens / full));
+    std::vector<float> scales(text.indexer.size(2), 1.0f);
+    if (scale.defined()) {
+      const torch::Tensor row = scale[layer].contiguous();
+      scales.assign(row.data_ptr<float>(), row.data_ptr<float>() + row.numel());
+    }
+    const torch::Tensor begins = torch::tensor(text.tiles.begins, text.tiles.last.options());
+    torch::Tensor mask;
+    for (int64_t begin = 0; begin<tokens; begin += chunk> 0 ? chunk : tokens) {
+      const int64_t end = chunk > 0 ? std::min(tokens, begin + chunk) : tokens;
+      VSP_ASSIGN_OR_RETURN(
+          const torch::Tensor part,
+          masker->Mask(text.indexer[0][layer], text.indexer[1][layer], params, scales, end));
+      const torch::Tensor own = begins.ge(begin).logical_and(begins.lt(end)).view({1, -1, 1});
+      mask = mask.defined() ? torch::where(own, part, mask) : part;
+    }
+    return mask;
   };
 }
 
@@ -156,10 +208,24 @@ struct Outcome {
   torch::Tensor covered;  // [layers, q heads], host
 };
 
+/// Density and mass of the masks at these knobs.
+absl::StatusOr<Outcome> Cover(const Text& text, const MaskFn& masks, const torch::Tensor& knobs) {
+  const int64_t layers = text.mass.size(0), heads = text.mass.size(1);
+  Outcome outcome;
+  std::vector<torch::Tensor> covered;
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    VSP_ASSIGN_OR_RETURN(const torch::Tensor mask, masks(layer, knobs));
+    outcome.density += Density(text.tiles, mask).mean().item<double>() / layers;
+    const torch::Tensor per_head = mask.repeat_interleave(heads / mask.size(0), 0);
+    covered.push_back((text.mass[layer] * per_head).sum({1, 2}));
+  }
+  outcome.covered = torch::stack(covered).cpu().to(torch::kFloat64);
+  return outcome;
+}
+
 /// Bisects the knobs until the density is reached from below as nearly as it can be.
 absl::StatusOr<Outcome> Reach(const Text& text, const Method& method, double wanted) {
-  const int64_t layers = text.mass.size(0), heads = text.mass.size(1);
-  const int64_t groups = text.indexer.size(2);
+  const int64_t layers = text.mass.size(0), groups = text.indexer.size(2);
   const torch::TensorOptions options = text.mass.options();
   torch::Tensor low = torch::full({layers, groups}, method.low, options);
   torch::Tensor high = torch::full({layers, groups}, method.high, options);
@@ -180,17 +246,7 @@ absl::StatusOr<Outcome> Reach(const Text& text, const Method& method, double wan
     low = torch::where(too_dense, middle, low);
     high = torch::where(too_dense, high, middle);
   }
-  Outcome outcome;
-  std::vector<torch::Tensor> covered;
-  const torch::Tensor knobs = high.exp2();
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    VSP_ASSIGN_OR_RETURN(const torch::Tensor mask, method.mask(layer, knobs));
-    outcome.density += Density(text.tiles, mask).mean().item<double>() / layers;
-    const torch::Tensor per_head = mask.repeat_interleave(heads / groups, 0);
-    covered.push_back((text.mass[layer] * per_head).sum({1, 2}));
-  }
-  outcome.covered = torch::stack(covered).cpu().to(torch::kFloat64);
-  return outcome;
+  return Cover(text, method.mask, high.exp2());
 }
 
 void Summarise(const torch::Tensor& covered, CoverageResult* result) {
@@ -228,35 +284,57 @@ absl::StatusOr<LengthReport> Evaluate(Teacher& teacher, const model::IndexerWeig
     report.tiles = text.tiles.num_tiles();
     IndexMasker masker(&teacher.model(), &text.tiles);
     const double longest = std::log2(report.length);
+    constexpr auto kGain = kernels::SelectionRule::kGainPerCost;
+    constexpr auto kMass = kernels::SelectionRule::kMassPerCost;
+    const auto rule = [&](kernels::SelectionRule which, const torch::Tensor& logits) {
+      return VerticalSlash(&masker, which, logits);
+    };
     std::vector<Method> methods = {
-        {"vsprefill", VerticalSlash(&masker, text.indexer), -8, 16},
-        {"vsprefill, same density in every group", VerticalSlash(&masker, text.indexer), -8, 16,
-         true},
+        {"vsprefill, gain per cost", rule(kGain, text.indexer), -12, 16},
+        {"vsprefill, mass per cost", rule(kMass, text.indexer), -8, 16},
         {"vsprefill, cumulative thresholds", Cumulative(&masker, text.indexer), -7, -0.01},
-        {"oracle (true sums)", VerticalSlash(&masker, text.truth), -8, 16},
-        {"vertical-slash, last 64 queries", VerticalSlash(&masker, text.last_rows), -8, 16},
+        {"vsprefill, same density in every group", rule(kMass, text.indexer), -8, 16, true},
+        {"oracle (true sums), gain per cost", rule(kGain, text.truth), -12, 16},
+        {"oracle (true sums), mass per cost", rule(kMass, text.truth), -8, 16},
+        {"last 64 queries, gain per cost", rule(kGain, text.last_rows), -12, 16},
+        {"last 64 queries, mass per cost", rule(kMass, text.last_rows), -8, 16},
         {"sinks + window", SinksAndWindow(&text), 0, longest},
         {"mean-pooled blocks of 64", MeanPooled(&text, text.pooled64, 64), -40, 0.5},
         {"mean-pooled blocks of 128", MeanPooled(&text, text.pooled128, 128), -40, 0.5},
     };
-    if (!weights.threshold_scale.empty()) {
-      methods.insert(methods.begin() + 1, {"vsprefill, with the indexer's threshold scale",
-                                           VerticalSlash(&masker, text.indexer, scale), -8, 16});
+    if (scale.defined()) {
+      methods.insert(methods.begin() + 1,
+                     {"vsprefill, gain per cost, the indexer's scale",
+                      VerticalSlash(&masker, kGain, text.indexer, scale), -12, 16});
+      methods.insert(methods.begin() + 3,
+                     {"vsprefill, mass per cost, the indexer's scale",
+                      VerticalSlash(&masker, kMass, text.indexer, scale), -8, 16});
     }
+    const auto add = [&](const std::string& name, double wanted, const Outcome& outcome,
+                         size_t slot) {
+      if (i == 0) {
+        CoverageResult& result = report.results.emplace_back();
+        result.method = name;
+        result.wanted_density = wanted;
+        covered.push_back(torch::zeros_like(outcome.covered));
+      }
+      covered[slot] += outcome.covered / static_cast<double>(texts.size());
+      report.results[slot].density += outcome.density / texts.size();
+    };
     size_t slot = 0;
     for (const Method& method : methods) {
       for (double density : options.densities) {
         VSP_ASSIGN_OR_RETURN(const Outcome outcome, Reach(text, method, density));
-        if (i == 0) {
-          CoverageResult& result = report.results.emplace_back();
-          result.method = method.name;
-          result.wanted_density = density;
-          covered.push_back(torch::zeros_like(outcome.covered));
-        }
-        covered[slot] += outcome.covered / static_cast<double>(texts.size());
-        report.results[slot].density += outcome.density / texts.size();
-        ++slot;
+        add(method.name, density, outcome, slot++);
       }
+    }
+    // The served default, whatever density it has; a text is prefilled whole or in chunks.
+    for (int64_t chunk : {int64_t{0}, int64_t{2048}, int64_t{1024}}) {
+      VSP_ASSIGN_OR_RETURN(const Outcome outcome,
+                           Cover(text, ServedDefault(&masker, text, scale, chunk), {}));
+      add(chunk == 0 ? "the served default, whole prompt"
+                     : absl::StrFormat("the served default, chunks of %d", chunk),
+          0, outcome, slot++);
     }
     progress.Update(i + 1, absl::StrFormat("evaluating %d tokens", report.length));
   }

@@ -29,7 +29,8 @@ IndexMasker::IndexMasker(model::Transformer* model, const TileSet* tiles)
 absl::StatusOr<torch::Tensor> IndexMasker::Mask(const torch::Tensor& vertical_logits,
                                                 const torch::Tensor& slash_logits,
                                                 kernels::SelectionParams params,
-                                                const std::vector<float>& scale) {
+                                                const std::vector<float>& scale,
+                                                int64_t kv_tokens) {
   const torch::Tensor vertical = vertical_logits.contiguous(), slash = slash_logits.contiguous();
   kernels::SelectionInput input;
   input.vertical_logits = vertical.data_ptr<float>();
@@ -37,7 +38,7 @@ absl::StatusOr<torch::Tensor> IndexMasker::Mask(const torch::Tensor& vertical_lo
   input.logit_stride = tiles_->tokens;
   input.num_groups = groups_;
   input.group_size = group_size_;
-  input.kv_tokens = tiles_->tokens;
+  input.kv_tokens = kv_tokens > 0 ? kv_tokens : tiles_->tokens;
   input.prompt_tokens = tiles_->tokens;
   input.threshold_scale = scale.data();
   params.last_dense_tokens = 0;
@@ -67,6 +68,8 @@ absl::StatusOr<torch::Tensor> IndexMasker::Mask(const torch::Tensor& vertical_lo
       torch::zeros({groups_, tokens + 1}, target.options().dtype(torch::kBool))
           .scatter_(1, target, true)
           .narrow(1, 0, tokens);
+  // Words past a shorter chunk's blocks hold what was selected before: no tile of the chunk looks
+  // that far.
   const torch::Tensor bit = torch::arange(32, band_bits_.options());
   const torch::Tensor blocks = torch::bitwise_right_shift(band_bits_.unsqueeze(2), bit)
                                    .bitwise_and(1)

@@ -22,11 +22,13 @@ class IndexMasker {
 
   /// Selects by `params` (their forced last rows left out), the threshold of group g times
   /// scale[g], from logits float32 [groups, tokens] and returns which (tile, column) is read: bool
-  /// [groups, tiles, tokens], columns past a tile's rows included.
+  /// [groups, tiles, tokens], columns past a tile's rows included. A prefill chunk that ends at
+  /// `kv_tokens` (0: the whole text) selects among the tokens before; only its own tiles mean
+  /// something then.
   absl::StatusOr<torch::Tensor> Mask(const torch::Tensor& vertical_logits,
                                      const torch::Tensor& slash_logits,
                                      kernels::SelectionParams params,
-                                     const std::vector<float>& scale);
+                                     const std::vector<float>& scale, int64_t kv_tokens = 0);
 
  private:
   model::Transformer* model_;

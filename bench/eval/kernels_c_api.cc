@@ -86,8 +86,7 @@ int vsp_study_attend(const void* q, const void* k, const void* v, void* out, int
     input.prompt_tokens = prompt_tokens;
     input.threshold_scale = threshold_scale;
     kernels::SelectionParams selection;
-    selection.rule =
-        params[0] == 0 ? kernels::SelectionRule::kMassPerCost : kernels::SelectionRule::kCumulative;
+    selection.rule = static_cast<kernels::SelectionRule>(static_cast<int>(params[0]));
     selection.threshold = static_cast<float>(params[1]);
     selection.tau_vertical = static_cast<float>(params[2]);
     selection.tau_slash = static_cast<float>(params[3]);

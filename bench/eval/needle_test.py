@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "deploy/local"), str(ROOT / "tests/python"), str(ROOT / "training/corpus")]
+import default_card
 import make_corpus
 import prompt
 from servers import BIN, Program, start_server
@@ -69,12 +70,14 @@ def main():
     parser.add_argument("--depths", nargs="*", type=float, default=[0.15, 0.5, 0.85])
     parser.add_argument("--chunk_tokens", type=int, default=0, help="0: the server's default")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", help="file for counts and every prompt's outcome")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     document = (ROOT / "deploy/local/prompts/document.txt").read_text(encoding="utf-8")
     cases = [(n, depth, kind) for kind, lengths in (("filler", args.lengths), ("document", args.document_lengths))
              for n in lengths for depth in args.depths]
     lost = right = dense_right = 0
+    outcomes = []
     with Program(str(BIN / "vsprefill-decode"), "--model", args.model, "--listen", "127.0.0.1:0",
                  "--max_new_tokens", "32") as worker:
         worker.address = worker.line("listening on ")
@@ -90,11 +93,21 @@ def main():
                 dense_right += found["dense"]
                 right += found["dense"] and found[args.method]
                 lost += found["dense"] and not found[args.method]
+                outcomes.append({"kind": kind, "tokens": len(ids), "depth": depth, "dense": found["dense"],
+                                 "sparse": found[args.method], "density": report["density"]})
                 word = {method: "right" if answered else "wrong" for method, answered in found.items()}
                 print(f"{kind:9}{len(ids):6} tokens, depth {depth:.2f}: dense {word['dense']}, "
                       f"{args.method} {word[args.method]} (density {report['density']:.3f}, "
                       f"TTFT {report['ttft_seconds']:.2f} s)", flush=True)
     print(f"{args.method}: {right} of the {dense_right} that dense answers right ({len(cases)} prompts)")
+    if args.json:
+        lengths = [outcome["tokens"] for outcome in outcomes]
+        with open(args.json, "w", encoding="utf-8") as f:
+            json.dump({"method": args.method, "parameters": report["parameters"], "right": right,
+                       "dense_right": dense_right, "prompts": len(cases), "shortest": min(lengths),
+                       "longest": max(lengths), "outcomes": outcomes}, f, indent=1)
+    if args.method == "vsprefill" and report["parameters"] == default_card.load()["parameters"]:
+        print("The default's card:\n" + "\n".join(f"  {line}" for line in default_card.lines()))
     sys.exit(1 if lost else 0)
 
 

@@ -13,6 +13,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import default_card
 from prompt import load_tokenizer
 
 WAIT_SECONDS = 600
@@ -67,6 +68,9 @@ def print_run(run, text):
             ("  by layer quarter", quarters),
             ("KV streamed", f"{run['bytes']} bytes, verified by the decode worker")]:
         print(f"{name:22}{value}")
+    if run.get("parameters") == default_card.load()["parameters"]:
+        for i, line in enumerate(default_card.lines(run["prompt_tokens"])):
+            print(f"{'' if i else 'default, measured':22}{line}")
 
 
 def print_table(runs):

@@ -138,6 +138,16 @@ def test_model_info_and_metrics(server, model_dir):
         assert "vsprefill_time_to_first_token_seconds_count" in response.read().decode()
 
 
+def test_the_card_was_measured_with_this_default(server):
+    """The figures that demo, needle test and speed table print belong to the parameters that are shipped."""
+    import default_card
+
+    with vsprefill.PrefillClient(server.address) as client:
+        method = next(m for m in client.model_info().methods if m.name == "vsprefill")
+    assert default_card.load()["parameters"] == {p.name: p.default_value for p in method.parameters}
+    assert default_card.lines(8000)[0].startswith("8,000 tokens: density 0.1")
+
+
 def test_chat_template_equals_transformers(model_dir):
     from prompt import chat_ids
     from transformers import AutoTokenizer
