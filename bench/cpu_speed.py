@@ -141,8 +141,14 @@ def main():
             settings = [json.dumps(lengths), str(arguments.repeats), arguments.dtype]
             program = Path(folder) / "vllm_times.py"
             program.write_text(VLLM)
+            # vLLM reads every safetensors file of a model directory, the indexer too.
+            plain = Path(folder) / "model"
+            plain.mkdir()
+            for file in Path(arguments.model).resolve().iterdir():
+                if file.name != "indexer.safetensors":
+                    (plain / file.name).symlink_to(file)
             offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-            output = run([arguments.vllm_python, program, arguments.model, ids_file, *settings], "vllm", offline)
+            output = run([arguments.vllm_python, program, plain, ids_file, *settings], "vllm", offline)
             print("\nvLLM CPU, seconds: ", end="")
             results = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("RESULT")]
             print(", ".join(f"{length}: {seconds:.2f}" for length, seconds in results))

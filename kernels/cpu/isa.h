@@ -5,8 +5,9 @@ namespace vsprefill::kernels {
 
 enum class CpuIsa : int { kAvx2 = 0, kAvx512 = 1, kAvx512Bf16 = 2 };
 
-/// Best instruction set this processor and operating system support. The binary needs AVX2 and FMA;
-/// without them this returns kAvx2 and CpuIsaSupported(kAvx2) is false.
+/// Fastest instruction set that this processor and operating system support: the highest one, but
+/// AVX-512 bf16 only where a short measurement shows that its dot product pays. The binary needs
+/// AVX2 and FMA; without them this returns kAvx2 and CpuIsaSupported(kAvx2) is false.
 CpuIsa DetectCpuIsa();
 bool CpuIsaSupported(CpuIsa isa);
 /// The instruction set in use: the detected one, or a lower one set by SetCpuIsa (--cpu_isa).
