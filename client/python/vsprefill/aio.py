@@ -178,6 +178,11 @@ class AsyncPrefillClient:
         """Starts one try of a prefill; arguments as client.PrefillClient.stream."""
         return self._stream(self._request(token_ids, arguments), timeout, None)
 
+    def stream_into(self, make_destination: MakeDestination, token_ids: Iterable[int] | None = None, *,
+                    timeout: float | None = None, **arguments: Any) -> AsyncPrefillStream:
+        """As client.PrefillClient.stream_into."""
+        return self._stream(self._request(token_ids, arguments), timeout, make_destination)
+
     async def prefill(self, token_ids: Iterable[int] | None = None, *, timeout: float | None = None,
                       **arguments: Any) -> KvCache:
         """The whole verified KvCache; arguments as client.PrefillClient.prefill."""

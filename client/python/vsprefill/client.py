@@ -203,6 +203,11 @@ class PrefillClient:
         """
         return self._stream(self._request(token_ids, arguments), timeout, None)
 
+    def stream_into(self, make_destination: MakeDestination, token_ids: Iterable[int] | None = None, *,
+                    timeout: float | None = None, **arguments: Any) -> PrefillStream:
+        """As stream(), with chunks written to make_destination(layout): iterate over completed_layers()."""
+        return self._stream(self._request(token_ids, arguments), timeout, make_destination)
+
     def prefill(self, token_ids: Iterable[int] | None = None, *, timeout: float | None = None, **arguments: Any
                 ) -> KvCache:
         """The whole verified KvCache. Arguments as for stream(); `timeout` covers all tries and pauses."""
