@@ -1,16 +1,17 @@
 """Settings of the connector, fingerprints, breaker and the choice of an endpoint. No engine, no sockets."""
 
 import json
+import re
 
 import grpc
 import pytest
 from conftest import ROOT
 from vsprefill import errors, identity
 from vsprefill.connector.breaker import CircuitBreaker
-from vsprefill.connector.config import Attention, ConfigError, ConnectorConfig
+from vsprefill.connector.config import Attention, ConfigError, ConnectorConfig, RequestOptions
 from vsprefill.connector.endpoints import EndpointPool
 from vsprefill.connector.fingerprint import Fingerprint
-from vsprefill.v1 import kv_pb2, prefill_pb2
+from vsprefill.v1 import kv_pb2, options_pb2, prefill_pb2
 
 ENDPOINTS = ["a:1", "b:2"]
 
@@ -58,7 +59,9 @@ def test_request_options():
     ("x", "not an object"), ({"endpoint": "evil:80"}, "'evil:80' is not one of a:1, b:2"),
     ({"preset": "slow"}, "'slow' is not one of fast"), ({"preset": "fast", "method": "dense"}, "not both"),
     ({"deadline_seconds": 0}, "deadline_seconds 0"), ({"deadline": 5}, "unknown 'deadline'"),
-    ({"enabled": "no"}, "enabled 'no'"), ({"parameters": 5}, "parameters 5"), ({"endpoint": ["a:1"]}, "not one of"),
+    ({"preset": {}}, "preset {} is not a string"), ({7: 1, "a": 2}, "unknown"), ({"method": 3}, "method 3"),
+    ({"parameters": {"threshold": []}}, "threshold"), ({"enabled": "no"}, "enabled 'no'"),
+    ({"parameters": 5}, "parameters 5"), ({"endpoint": ["a:1"]}, "not one of"),
 ])
 def test_wrong_request_options_are_named(params, message):
     with pytest.raises(ConfigError, match=message):
@@ -146,6 +149,13 @@ def test_fingerprint_of_a_model_is_its_kv_id(model_dir):
         Fingerprint.of_model(model_dir, config, "float16")
 
 
+ANY = RequestOptions(Attention("dense"), 9)
+
+
+def only(address):
+    return RequestOptions(Attention("dense"), 9, address)
+
+
 class Server:
     """A prefill server as the pool sees it."""
 
@@ -186,22 +196,22 @@ def pool():
 
 
 def test_pool_takes_nobody_before_the_handshake(pool):
-    assert pool.ranked(10) == []
-    assert pool.why_none(10) == "a:1: not asked yet; b:2: not asked yet"
+    assert pool.ranked(10, ANY) == []
+    assert pool.why_none(10, ANY) == "a:1: not asked yet; b:2: not asked yet"
     pool.poll_all()
-    assert sorted(pool.ranked(10)) == ENDPOINTS
-    assert pool.ranked(10, only="b:2") == ["b:2"]
+    assert sorted(pool.ranked(10, ANY)) == ENDPOINTS
+    assert pool.ranked(10, only("b:2")) == ["b:2"]
 
 
 def test_pool_prefers_who_is_done_first(pool):
     pool.servers["a:1"].answer = prefill_pb2.Load(waiting_tokens=1000, tokens_per_second=100)  # 10 s
     pool.servers["b:2"].answer = prefill_pb2.Load(waiting_tokens=4000, tokens_per_second=1000)  # 4 s
     pool.poll_all()
-    assert pool.ranked(10) == ["b:2", "a:1"]
+    assert pool.ranked(10, ANY) == ["b:2", "a:1"]
     pool.begin("b:2", 20000)  # 20 s of our own, which the server may not have counted yet
-    assert pool.ranked(10) == ["a:1", "b:2"]
+    assert pool.ranked(10, ANY) == ["a:1", "b:2"]
     pool.end("b:2", 20000)
-    assert pool.ranked(10) == ["b:2", "a:1"]
+    assert pool.ranked(10, ANY) == ["b:2", "a:1"]
 
 
 @pytest.mark.parametrize("load,message", [
@@ -212,22 +222,40 @@ def test_pool_prefers_who_is_done_first(pool):
 def test_pool_leaves_out_who_would_refuse(pool, load, message):
     pool.servers["a:1"].answer = prefill_pb2.Load(**load)
     pool.poll_all()
-    assert pool.ranked(10) == ["b:2"]
-    assert message in pool.why_none(10, only="a:1")
+    assert pool.ranked(10, ANY) == ["b:2"]
+    assert message in pool.why_none(10, only("a:1"))
 
 
 def test_pool_minds_the_longest_prompt(pool):
     pool.servers["a:1"].info = model_info(max_prompt_tokens=100)
     pool.poll_all()
-    assert sorted(pool.ranked(100)) == ENDPOINTS
-    assert pool.ranked(101) == ["b:2"]
+    assert sorted(pool.ranked(100, ANY)) == ENDPOINTS
+    assert pool.ranked(101, ANY) == ["b:2"]
+
+
+@pytest.mark.parametrize("attention,message", [
+    (Attention("vsprefill", {"threshold": 2.0}), None), (Attention(""), None), (Attention("dense"), None),
+    (Attention("magic"), "method 'magic' is not one of dense, vsprefill"),
+    (Attention("vsprefill", {"treshold": 2.0}), "vsprefill has no parameter 'treshold', only threshold"),
+    (Attention("dense", {"threshold": 2.0}), "dense has no parameter 'threshold', only none"),
+    (Attention("vsprefill", {"threshold": 9.0}), r"threshold 9 is not in \[0, 8\]")])
+def test_pool_knows_what_a_server_would_refuse(pool, attention, message):
+    threshold = options_pb2.MethodParameter(name="threshold", min=0, max=8)
+    for server in pool.servers.values():
+        server.info.methods.add(name="dense")
+        server.info.methods.add(name="vsprefill", parameters=[threshold])
+    pool.poll_all()
+    options = RequestOptions(attention, 9)
+    assert bool(pool.ranked(10, options)) == (message is None)
+    if message:
+        assert re.search(message, pool.why_none(10, options))
 
 
 def test_pool_refuses_another_model_in_one_line(pool, caplog):
     pool.servers["a:1"].info = model_info(head_dim=16)
     pool.poll_all()
     pool.poll_all()
-    assert pool.ranked(10) == ["b:2"]
+    assert pool.ranked(10, ANY) == ["b:2"]
     lines = [r.message for r in caplog.records if r.levelname == "ERROR"]
     assert lines == ["prefill server a:1 refused, another model: head_dim 16 there, 8 here"]
 
@@ -237,34 +265,34 @@ def test_pool_drops_the_lost_and_shakes_hands_again(pool):
     server = pool.servers["a:1"]
     server.error = grpc.StatusCode.UNAVAILABLE
     pool.poll_all()
-    assert pool.ranked(10) == ["b:2"]
+    assert pool.ranked(10, ANY) == ["b:2"]
     server.error, server.info = None, model_info(num_layers=5)  # somebody else at the same address
     pool.poll_all()
-    assert pool.ranked(10) == ["b:2"] and "layers 5" in pool.why_none(10)
+    assert pool.ranked(10, ANY) == ["b:2"] and "layers 5" in pool.why_none(10, ANY)
     server.info = model_info()
     pool.clock.now += 1000  # it is asked again after a while
     pool.poll_all()
-    assert sorted(pool.ranked(10)) == ENDPOINTS
+    assert sorted(pool.ranked(10, ANY)) == ENDPOINTS
     server.error = grpc.StatusCode.DEADLINE_EXCEEDED  # stopped: a busy machine may miss one poll, not two
     pool.poll_all()
-    assert sorted(pool.ranked(10)) == ENDPOINTS
+    assert sorted(pool.ranked(10, ANY)) == ENDPOINTS
     pool.poll_all()
-    assert pool.ranked(10) == ["b:2"]
+    assert pool.ranked(10, ANY) == ["b:2"]
 
 
 def test_pool_breaks_the_circuit_on_failed_loads_only_of_the_servers_making(pool):
     pool.poll_all()
     for _ in range(5):
         pool.record("a:1", "queue full", blame=False)
-    assert sorted(pool.ranked(10)) == ENDPOINTS
+    assert sorted(pool.ranked(10, ANY)) == ENDPOINTS
     for _ in range(2):
         pool.record("a:1", "torn", blame=True)
-    assert pool.ranked(10) == ["b:2"]
+    assert pool.ranked(10, ANY) == ["b:2"]
     pool.poll_all()
-    assert pool.ranked(10) == ["b:2"]  # answering polls is not delivering caches
+    assert pool.ranked(10, ANY) == ["b:2"]  # answering polls is not delivering caches
     pool.clock.now += 10
-    assert sorted(pool.ranked(10)) == ENDPOINTS
+    assert sorted(pool.ranked(10, ANY)) == ENDPOINTS
     pool.begin("a:1", 10)
-    assert pool.ranked(10) == ["b:2"]  # one probe at a time
+    assert pool.ranked(10, ANY) == ["b:2"]  # one probe at a time
     pool.record("a:1", None, blame=True)
-    assert sorted(pool.ranked(10)) == ENDPOINTS
+    assert sorted(pool.ranked(10, ANY)) == ENDPOINTS

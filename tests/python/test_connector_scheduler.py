@@ -37,10 +37,10 @@ class Pool:
     def __init__(self):
         self.fit, self.calls = ["a:1", "b:2"], []
 
-    def ranked(self, prompt_tokens, only=None):
-        return [a for a in self.fit if only in (None, a)]
+    def ranked(self, prompt_tokens, options):
+        return [a for a in self.fit if options.endpoint in (None, a)]
 
-    def why_none(self, prompt_tokens, only=None):
+    def why_none(self, prompt_tokens, options):
         return "a:1: draining"
 
     def __getattr__(self, name):
@@ -121,6 +121,16 @@ def test_what_is_computed_here(half, request_, computed, label):
     assert ask(half, request_, computed) == 0
     half.finished(request_)
     assert half.take_stats()["local"] == {label: 1}
+
+
+def test_parameters_that_blow_up_do_not_end_the_engine(half):
+    class Hostile(dict):
+        def get(self, *_):
+            raise RuntimeError("boom")
+
+    request = Request(params=Hostile(vsprefill={}))
+    assert ask(half, request) == 0
+    assert half.finished(request)["vsprefill"]["source"] == "local"
 
 
 def test_no_endpoint_is_a_local_prefill_that_says_why(half, pool):

@@ -32,9 +32,9 @@ def _text(name: str, value: Any) -> str:
 
 
 def _known(what: str, given: Mapping[str, Any], allowed: set[str]) -> None:
-    unknown = sorted(set(given) - allowed)
+    unknown = sorted(repr(key) for key in given if key not in allowed)
     if unknown:
-        raise ConfigError(f"{what}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(sorted(allowed))}")
+        raise ConfigError(f"{what}: unknown {', '.join(unknown)}; known are {', '.join(sorted(allowed))}")
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class ConnectorConfig:
         if "preset" in params:
             if "method" in params or "parameters" in params:
                 raise ConfigError("give either preset or method and parameters, not both")
-            if params["preset"] not in self.presets:
+            if _text("preset", params["preset"]) not in self.presets:
                 raise ConfigError(f"preset {params['preset']!r} is not one of {', '.join(sorted(self.presets))}")
             attention = self.presets[params["preset"]]
         elif "method" in params or "parameters" in params:

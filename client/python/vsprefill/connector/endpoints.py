@@ -19,7 +19,7 @@ from ..errors import VsprefillError
 from ..v1 import prefill_pb2
 from . import logger
 from .breaker import CircuitBreaker
-from .config import ConnectorConfig
+from .config import Attention, ConnectorConfig, RequestOptions
 from .fingerprint import Fingerprint
 
 _POLL_TIMEOUT_SECONDS = 2.0
@@ -41,6 +41,7 @@ class _Endpoint:
     problem: str | None = "not asked yet"  # None: fit
     load: prefill_pb2.Load = field(default_factory=prefill_pb2.Load)
     max_prompt_tokens: int = 0
+    methods: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)  # parameter -> (min, max)
     handshake_at: float | None = None
     lost_polls: int = 0
     own_tokens: int = 0  # of loads that this engine has under way
@@ -75,17 +76,17 @@ class EndpointPool:
             event.wait(max(until - time.monotonic(), 0))
 
     def close(self) -> None:
+        """Ends the threads. Engines give little time for it, so calls under way are cancelled."""
         self._stop.set()
-        for thread in self._threads:
-            thread.join(2 * _POLL_TIMEOUT_SECONDS)
         for endpoint in self._endpoints.values():
             endpoint.client.close()
+        for thread in self._threads:
+            thread.join(1.0)
 
-    def ranked(self, prompt_tokens: int, only: str | None = None) -> list[str]:
+    def ranked(self, prompt_tokens: int, options: RequestOptions) -> list[str]:
         """Addresses that may take such a prompt now, the one that would be done first in front. Changes nothing."""
         with self._lock:
-            fit = [e for e in self._endpoints.values()
-                   if only in (None, e.address) and not self._unfit(e, prompt_tokens)]
+            fit = [e for e in self._chosen(options) if not self._unfit(e, prompt_tokens, options)]
             rates = [e.load.tokens_per_second for e in fit if e.load.tokens_per_second > 0]
             usual = sum(rates) / len(rates) if rates else 1.0  # of a server that has computed nothing yet
 
@@ -95,11 +96,11 @@ class EndpointPool:
 
             return [e.address for e in sorted(fit, key=seconds)]
 
-    def why_none(self, prompt_tokens: int, only: str | None = None) -> str:
+    def why_none(self, prompt_tokens: int, options: RequestOptions) -> str:
         """One line for people: what is wrong with each endpoint."""
         with self._lock:
-            return "; ".join(f"{e.address}: {self._unfit(e, prompt_tokens) or 'fit'}"
-                             for e in self._endpoints.values() if only in (None, e.address))
+            return "; ".join(f"{e.address}: {self._unfit(e, prompt_tokens, options) or 'fit'}"
+                             for e in self._chosen(options))
 
     def begin(self, address: str, tokens: int) -> None:
         """A load goes to this endpoint."""
@@ -129,12 +130,17 @@ class EndpointPool:
         elif before != "closed" and after == "closed":
             logger.info("prefill server %s is in use again", address)
 
-    def _unfit(self, endpoint: _Endpoint, prompt_tokens: int) -> str | None:
-        """Caller holds the lock."""
+    def _chosen(self, options: RequestOptions) -> list[_Endpoint]:
+        return [e for e in self._endpoints.values() if options.endpoint in (None, e.address)]
+
+    def _unfit(self, endpoint: _Endpoint, prompt_tokens: int, options: RequestOptions) -> str | None:
+        """Why not this one, None if it is fit. Caller holds the lock."""
         if endpoint.problem is not None:
             return endpoint.problem
         if not endpoint.breaker.allows():
             return f"circuit breaker {endpoint.breaker.state} after failed loads"
+        if why := _cannot(endpoint.methods, options.attention):
+            return why
         load = endpoint.load
         if load.draining:
             return "draining"
@@ -176,6 +182,7 @@ class EndpointPool:
                 difference = self._fingerprint.difference(info)
                 endpoint.problem = f"refused, another model: {difference}" if difference else None
                 endpoint.max_prompt_tokens = info.max_prompt_tokens
+                endpoint.methods = {m.name: {p.name: (p.min, p.max) for p in m.parameters} for m in info.methods}
                 endpoint.handshake_at = now
             after = endpoint.problem
         if after != before:
@@ -194,3 +201,19 @@ class EndpointPool:
             after = endpoint.problem
         if after != before:
             logger.warning("prefill server %s is %s", endpoint.address, after)
+
+
+def _cannot(methods: dict[str, dict[str, tuple[float, float]]], attention: Attention) -> str | None:
+    """Why a server with these methods would refuse this attention. Without a name the server's default decides."""
+    if not methods or not attention.method:
+        return None
+    if attention.method not in methods:
+        return f"method {attention.method!r} is not one of {', '.join(sorted(methods))}"
+    known = methods[attention.method]
+    for name, value in attention.parameters.items():
+        if name not in known:
+            return f"{attention.method} has no parameter {name!r}, only {', '.join(sorted(known)) or 'none'}"
+        low, high = known[name]
+        if not low <= value <= high:
+            return f"{name} {value:g} is not in [{low:g}, {high:g}]"
+    return None

@@ -18,8 +18,8 @@ PARAMS_KEY = "vsprefill"  # in a request's kv_transfer_params, and in what is re
 
 
 class Pool(Protocol):
-    def ranked(self, prompt_tokens: int, only: str | None = None) -> list[str]: ...
-    def why_none(self, prompt_tokens: int, only: str | None = None) -> str: ...
+    def ranked(self, prompt_tokens: int, options: RequestOptions) -> list[str]: ...
+    def why_none(self, prompt_tokens: int, options: RequestOptions) -> str: ...
     def begin(self, address: str, tokens: int) -> None: ...
     def end(self, address: str, tokens: int) -> None: ...
     def record(self, address: str, failure: str | None, blame: bool) -> None: ...
@@ -60,7 +60,12 @@ class SchedulerHalf:
 
         The salt must be there before the engine looks into its prefix cache for the request.
         """
-        plan = self._plans[request.request_id] = self._plan(request)
+        try:
+            plan = self._plan(request)
+        except Exception:
+            logger.exception("request %s is computed here", request.request_id)
+            plan = _Plan(None, ("parameters", "kv_transfer_params could not be read"))
+        self._plans[request.request_id] = plan
         if plan.options is not None and not plan.options.attention.exact:
             plan.salted = _salt(request, plan.options.attention.salt)
             if not plan.salted:
@@ -75,8 +80,8 @@ class SchedulerHalf:
         if rest < self._config.min_prompt_tokens:
             plan.local = ("short", f"{rest} tokens to compute, fewer than {self._config.min_prompt_tokens}")
             return 0
-        if not self._pool.ranked(request.num_prompt_tokens, plan.options.endpoint):
-            plan.local = ("endpoint", self._pool.why_none(request.num_prompt_tokens, plan.options.endpoint))
+        if not self._pool.ranked(request.num_prompt_tokens, plan.options):
+            plan.local = ("endpoint", self._pool.why_none(request.num_prompt_tokens, plan.options))
             return 0
         plan.computed = num_computed
         return int(rest)
@@ -87,7 +92,7 @@ class SchedulerHalf:
         if num_external <= 0 or plan is None or plan.options is None or plan.spec is not None:
             return
         options, end = plan.options, plan.computed + num_external
-        endpoints = self._pool.ranked(end, options.endpoint)
+        endpoints = self._pool.ranked(end, options)
         if not endpoints:  # lost since it was promised: let the load fail the ordinary way
             endpoints = [options.endpoint or self._config.endpoints[0]]
         plan.spec = LoadSpec(
