@@ -196,6 +196,25 @@ def test_cancelled_loads_end_once_and_say_so():
     assert not any(t.blame for t in running.tries)
 
 
+def test_an_idle_step_waits_for_news_and_no_longer():
+    with FakeServer(never_end=True) as server, Engine(server.address, idle_wait_seconds=0.2) as engine:
+        begin = time.monotonic()
+        engine.worker.step(LoadMetadata(), idle=True)
+        assert time.monotonic() - begin < 0.15  # nothing is under way
+        engine.start("r", server.address)
+        begin = time.monotonic()
+        engine.worker.step(LoadMetadata(), idle=True)
+        assert time.monotonic() - begin > 0.15
+        begin = time.monotonic()
+        engine.worker.step(LoadMetadata())
+        assert time.monotonic() - begin < 0.15  # the engine has work
+        engine.worker._config = ConnectorConfig.parse({"endpoints": ["a:1"], "idle_wait_seconds": 1.0})
+        begin = time.monotonic()
+        engine.worker.step(LoadMetadata(cancels=["r"]), idle=True)
+        assert time.monotonic() - begin < 0.9  # woken by its end
+        assert engine.worker.finished()[0] == {"r"}
+
+
 def test_many_loads_at_once():
     with FakeServer() as server, Engine(server.address, max_loads=3) as engine:
         names = [f"r{i}" for i in range(12)]

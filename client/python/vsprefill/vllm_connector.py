@@ -148,7 +148,8 @@ class VSPrefillConnector(KVConnectorBase_V1):
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         metadata = self._get_connector_metadata()
         if isinstance(metadata, VSPrefillMetadata):
-            self._worker.step(metadata.step)
+            # Without attention metadata there is no forward pass: everybody waits for KV.
+            self._worker.step(metadata.step, idle=getattr(forward_context, "attn_metadata", ()) is None)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         pass  # a request runs only after its load has ended

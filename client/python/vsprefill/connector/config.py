@@ -91,7 +91,8 @@ class ConnectorConfig:
     row that take an endpoint out, and for how long. kv_id: identity of the model where it cannot be computed from
     the model's files. layout: name of the cache's layout where its shape leaves a choice. tls: root_certificates,
     certificate_chain, private_key (paths), server_name. unpin_io: let I/O threads leave the core that the engine
-    pins its worker to.
+    pins its worker to. idle_wait_seconds: a step that computes nothing waits so long for a load to end; more
+    spares CPU, but a new request may wait as long.
     """
 
     endpoints: tuple[str, ...]
@@ -110,6 +111,7 @@ class ConnectorConfig:
     layout: str = ""
     tls: TlsOptions | None = None
     unpin_io: bool = True
+    idle_wait_seconds: float = 0.01
 
     @classmethod
     def parse(cls, extra: Mapping[str, Any]) -> ConnectorConfig:
@@ -150,6 +152,7 @@ class ConnectorConfig:
             poll_seconds=number("poll_seconds", 0.01, 3600),
             breaker_failures=integer("breaker_failures", 1, 1000),
             breaker_seconds=number("breaker_seconds", 0, 86400),
+            idle_wait_seconds=number("idle_wait_seconds", 0, 1),
             kv_id=_text("kv_id", extra.get("kv_id", "")), layout=_text("layout", extra.get("layout", "")),
             tls=None if tls is None else TlsOptions(**tls), unpin_io=extra.get("unpin_io", cls.unpin_io))
 

@@ -105,7 +105,7 @@ class _Load:
 
 
 class Loader:
-    """max_loads threads that take loads in order. Methods may be called from one thread; it never blocks there.
+    """max_loads threads that take loads in order. Methods may be called from one thread; only wait and close block.
 
     make_destination(layout, block_ids): where a load's chunks go; called in a loading thread.
     """
@@ -124,6 +124,7 @@ class Loader:
         self._waiting: queue.SimpleQueue[_Load | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
         self._loads: dict[str, _Load] = {}
+        self._news = threading.Event()  # a result is there
         self._threads = [threading.Thread(target=self._work, daemon=True, name=f"vsprefill-load-{i}")
                          for i in range(max_loads)]
         for thread in self._threads:
@@ -141,6 +142,7 @@ class Loader:
 
     def finished(self) -> list[LoadResult]:
         """Loads that have ended since the last call, each once."""
+        self._news.clear()  # before looking, so that none is missed
         results: list[LoadResult] = []
         while True:
             try:
@@ -149,6 +151,11 @@ class Loader:
                 return results
             del self._loads[result.request_id]
             results.append(result)
+
+    def wait(self, seconds: float) -> None:
+        """Until a load has ended, at most so long; at once where none is under way."""
+        if self._loads:
+            self._news.wait(seconds)
 
     def close(self, timeout: float = 5.0) -> None:
         """Cancels everything and joins the threads."""
@@ -178,6 +185,7 @@ class Loader:
                 logger.exception("load of request %s failed unexpectedly", load.spec.request_id)
                 result = self._end(load, "failed", reason=f"{type(error).__name__}: {error}")
             self._results.put(result)
+            self._news.set()
 
     def _load(self, load: _Load) -> LoadResult:
         spec = load.spec

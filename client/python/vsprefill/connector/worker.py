@@ -75,13 +75,19 @@ class WorkerHalf:
         logger.info("%d layers of KV cache %s, %s, written by %s", len(names), tuple(first.shape), first.dtype,
                     type(self._writers[0]).__name__)
 
-    def step(self, metadata: LoadMetadata) -> None:
-        """Starts and cancels loads. Never blocks, never raises because of a load."""
+    def step(self, metadata: LoadMetadata, idle: bool = False) -> None:
+        """Starts and cancels loads. Never raises because of a load.
+
+        idle: the engine computes nothing in this step and would only ask again at once. Then this waits
+        idle_wait_seconds, or until a load has ended, instead of taking a core from the prefill server next door.
+        """
         assert self._loader is not None, "caches were not registered"
         for request_id in metadata.cancels:
             self._loader.cancel(request_id)
         for spec in metadata.loads:
             self._loader.start(spec)
+        if idle:
+            self._loader.wait(self._config.idle_wait_seconds)
 
     def finished(self) -> tuple[set[str], set[str]]:
         """(ids of all loads that have ended, ids of those that failed), each once. Fixes what bad_blocks says."""

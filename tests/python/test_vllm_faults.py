@@ -1,0 +1,262 @@
+"""vLLM with prefill servers that fail in every way: the documented outcome, no block lost, next request right.
+
+A cache of 27 blocks of 128 tokens, so that a leaked block would be missed. fp32; both failure policies.
+"""
+
+import os
+import signal
+import threading
+import time
+import urllib.request
+
+import fault_proxy
+import pytest
+import vllm_engine
+from servers import start_server
+from vllm_engine import Engine, HttpError, free_port, outcome, tokens
+
+import vsprefill
+from vsprefill.v1 import kv_pb2
+
+pytestmark = [pytest.mark.vllm, pytest.mark.long]
+DENSE = ("--dtype", "fp32", "--method", "dense", "--chunk_tokens", "1024")
+
+
+class Setup:
+    """An engine with three endpoints: `proxy` spoils what a good server says, at `direct` each test puts a server of
+    its own, `wrong` shakes hands as another model."""
+
+    def __init__(self, policy, good, proxy, wrong):
+        self.policy, self.good, self.proxy, self.wrong = policy, good, proxy, wrong
+        self.direct = f"127.0.0.1:{free_port()}"
+        self.engine = Engine(
+            {"endpoints": [proxy.address, self.direct, wrong.address], "min_prompt_tokens": 64, "poll_seconds": 0.2,
+             "breaker_failures": 100, "deadline_seconds": 120},
+            "--num-gpu-blocks-override", "27", policy=policy, max_model_len=3456)
+
+    def expect_failure(self, prompt, reason, **params):
+        """One request whose load fails for this reason."""
+        failed = self.engine.metric("vllm:vsprefill_loads_total", outcome="failed")
+        if self.policy == "fail":
+            with pytest.raises(HttpError) as caught:
+                self.engine.complete(prompt["ids"], vsprefill=params)
+            assert caught.value.status == 500
+        else:
+            answer = self.engine.complete(prompt["ids"], vsprefill=params)
+            assert outcome(answer)["source"] == "local" and reason in outcome(answer)["reason"]
+            assert tokens(answer) == prompt["tokens"]
+        self.engine.await_idle()
+        assert self.engine.metric("vllm:vsprefill_loads_total", outcome="failed") == failed + 1
+        assert reason in self.engine.log()
+
+    def expect_right(self, prompt):
+        """The next request loads and is right, and nothing stays in use."""
+        answer = self.engine.complete(prompt["ids"], vsprefill={"endpoint": self.proxy.address})
+        assert outcome(answer)["source"] == "remote"
+        assert tokens(answer) == prompt["tokens"]
+        self.engine.await_idle()
+        assert self.engine.alive()
+
+    def start_direct(self, model_dir):
+        server = start_server(model_dir, *DENSE, "--listen", self.direct)
+        self.await_fit(True)
+        return server
+
+    def await_fit(self, fit, seconds=30):
+        """Until the engine takes a prompt for `direct`, or does not."""
+        end = time.monotonic() + seconds
+        while True:
+            answer = self.engine.complete([5] * 64, vsprefill={"endpoint": self.direct}, max_tokens=1)
+            if (outcome(answer)["source"] == "remote") == fit:
+                return answer
+            assert time.monotonic() < end, outcome(answer)
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def good(model_dir):
+    vllm_engine.require()
+    with start_server(model_dir, *DENSE) as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=["recompute", "fail"])
+def module_setup(request, good):
+    with fault_proxy.FaultProxy(good.address) as proxy, fault_proxy.FaultProxy(good.address) as wrong:
+        with vsprefill.PrefillClient(good.address) as client:
+            wrong.info = client.model_info()
+        wrong.info.layout.dtype = kv_pb2.KV_DTYPE_BFLOAT16
+        wrong.info.layout.kv_id = "f" * 64
+        setup = Setup(request.param, good, proxy, wrong)
+        with setup.engine:
+            yield setup
+
+
+@pytest.fixture
+def setup(module_setup):
+    module_setup.proxy.clear()
+    yield module_setup
+    module_setup.proxy.clear()
+
+
+@pytest.fixture
+def short(expected):
+    return expected["text 600"]
+
+
+@pytest.mark.parametrize("fault,reason", [
+    (fault_proxy.corrupt, "checksum does not match"), (fault_proxy.not_a_number, "NaN or infinity"),
+    (fault_proxy.another_model, "accepted with kv_id 000"), (fault_proxy.cut, "connection reset"),
+    (fault_proxy.lose, "layer 4")])
+def test_spoiled_streams(setup, short, fault, reason):
+    setup.proxy.fault = fault
+    setup.expect_failure(short, reason, endpoint=setup.proxy.address)
+    setup.proxy.clear()
+    setup.expect_right(short)
+
+
+def test_it_is_the_loaded_cache_that_is_decoded(setup, short):
+    """Without this a connector that loads nothing would pass for right."""
+    setup.proxy.fault = fault_proxy.WrongValues()
+    answer = setup.engine.complete(short["ids"], vsprefill={"endpoint": setup.proxy.address})
+    assert outcome(answer)["source"] == "remote"
+    assert tokens(answer) != short["tokens"]
+    setup.proxy.clear()
+    setup.expect_right(short)
+
+
+def test_another_model_is_refused_at_the_handshake(setup, short):
+    answer = setup.engine.complete(short["ids"], vsprefill={"endpoint": setup.wrong.address})
+    assert outcome(answer)["source"] == "local" and tokens(answer) == short["tokens"]
+    assert "KV dtype bfloat16 there, float32 here" in outcome(answer)["reason"]
+    lines = [line for line in setup.engine.log().splitlines() if "refused, another model" in line]
+    assert len(lines) == 1 and setup.wrong.address in lines[0]
+    setup.expect_right(short)
+
+
+def test_absent_server_is_a_local_prefill(setup, short):
+    answer = setup.engine.complete(short["ids"], vsprefill={"endpoint": setup.direct})
+    assert outcome(answer)["source"] == "local" and "not reachable" in outcome(answer)["reason"]
+    assert tokens(answer) == short["tokens"]
+    # Without a named endpoint another one takes it.
+    answer = setup.engine.complete(short["ids"], vsprefill={})
+    assert outcome(answer)["endpoint"] == setup.proxy.address and tokens(answer) == short["tokens"]
+
+
+def await_bytes(server):
+    """Until the server has sent KV of the request that runs."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as response:
+            for line in response.read().decode().splitlines():
+                if line.startswith("vsprefill_send_buffer_bytes") and float(line.split()[-1]) > 0:
+                    return
+        time.sleep(0.01)
+    raise AssertionError("no KV byte within 60 s")
+
+
+def in_background(function):
+    """Starts a thread; the returned function joins it and hands on what it returned or raised."""
+    result = []
+
+    def run():
+        try:
+            result.append((function(), None))
+        except BaseException as error:
+            result.append((None, error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def join():
+        thread.join(300)
+        assert result, "still running after 300 s"
+        value, error = result[0]
+        if error is not None:
+            raise error
+        return value
+
+    return join
+
+
+def test_server_killed_while_it_sends(setup, expected, short, model_dir):
+    server = setup.start_direct(model_dir)
+    try:
+        join = in_background(lambda: setup.expect_failure(expected["text 1500"], "UNAVAILABLE",
+                                                          endpoint=setup.direct))
+        await_bytes(server)
+        os.kill(server.pid, signal.SIGKILL)
+        join()
+    finally:
+        server.stop()
+    setup.expect_right(short)
+    setup.await_fit(False)
+
+
+def test_server_stopped_while_it_sends(setup, expected, short, model_dir):
+    server = setup.start_direct(model_dir)
+    try:
+        join = in_background(lambda: setup.expect_failure(
+            expected["text 1500"], "DEADLINE_EXCEEDED", endpoint=setup.direct, deadline_seconds=8))
+        await_bytes(server)
+        os.kill(server.pid, signal.SIGSTOP)
+        join()
+        setup.await_fit(False)  # it does not answer polls either
+        os.kill(server.pid, signal.SIGCONT)
+        setup.await_fit(True)  # and is taken again when it does
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+        server.stop()
+    setup.expect_right(short)
+
+
+def test_draining_server_finishes_what_it_took_and_gets_no_more(setup, expected, short, model_dir):
+    server = setup.start_direct(model_dir)
+    try:
+        prompt = expected["text 1500"]
+        join = in_background(lambda: setup.engine.complete(prompt["ids"], vsprefill={"endpoint": setup.direct}))
+        await_bytes(server)
+        os.kill(server.pid, signal.SIGTERM)
+        refused = setup.await_fit(False)
+        taken = join()
+        assert outcome(taken)["source"] == "remote" and tokens(taken) == prompt["tokens"]
+        assert "draining" in outcome(refused)["reason"] or "not reachable" in outcome(refused)["reason"]
+    finally:
+        server.stop()
+    setup.expect_right(short)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_while_its_prompt_loads(setup, short, stream):
+    setup.proxy.stall_after = 3
+    connection = setup.engine.begin(short["ids"], vsprefill={"endpoint": setup.proxy.address}, stream=stream)
+    assert setup.proxy.stalled.wait(30)
+    assert setup.engine.metric("vllm:kv_cache_usage_perc") > 0
+    connection.close()
+    assert setup.proxy.ended.wait(10), "the prefill was not cancelled"
+    setup.engine.await_idle()
+    setup.proxy.clear()
+    setup.expect_right(short)
+
+
+def test_others_go_on_while_one_load_stands_still(setup, expected, short):
+    setup.proxy.stall_after = 3
+    join = in_background(lambda: setup.expect_failure(short, "DEADLINE_EXCEEDED", endpoint=setup.proxy.address,
+                                                      deadline_seconds=10))
+    assert setup.proxy.stalled.wait(30)
+    begin = time.monotonic()
+    other = expected["capital"]
+    assert tokens(setup.engine.complete(other["ids"])) == other["tokens"]
+    assert time.monotonic() - begin < 9
+    join()
+    setup.proxy.clear()
+    setup.expect_right(short)
+
+
+def test_no_block_was_lost(setup, expected):
+    """Last: 24 of the 27 blocks at once, and the whole cache in a request of 26."""
+    setup.expect_right(expected["text 3000"])
+    ids = expected["text 7000"]["ids"][:3300]
+    answer = setup.engine.complete(ids, vsprefill={"endpoint": setup.proxy.address}, max_tokens=28)
+    assert outcome(answer)["source"] == "remote"
+    setup.engine.await_idle()
