@@ -29,6 +29,9 @@ ENDPOINTS = ["a:1", "b:2"]
     ({"endpoints": ENDPOINTS, "attention": {"parameters": {"threshold": "x"}}}, "threshold 'x' is not a number"),
     ({"endpoints": ENDPOINTS, "presets": {"fast": {"methode": "x"}}}, "preset fast: unknown 'methode'"),
     ({"endpoints": ENDPOINTS, "tls": {"ca": "x"}}, "tls: unknown 'ca'"),
+    ({"endpoints": ENDPOINTS, "tls": {"root_certificates": "/nowhere/ca.pem"}}, "tls: .*/nowhere/ca.pem"),
+    ({"endpoints": ENDPOINTS, "tls": {"root_certificates": 7}}, "tls: root_certificates 7 is not a string"),
+    ({"endpoints": ENDPOINTS, "tls": {"private_key": "k.pem"}}, "tls: .*go together"),
 ])
 def test_wrong_settings_are_named(extra, message):
     with pytest.raises(ConfigError, match=message):

@@ -36,7 +36,7 @@ class Setup:
 
     def expect_failure(self, prompt, reason, **params):
         """One request whose load fails for this reason."""
-        failed = self.engine.metric("vllm:vsprefill_loads_total", outcome="failed")
+        failed = self._failed_loads()
         if self.policy == "fail":
             with pytest.raises(HttpError) as caught:
                 self.engine.complete(prompt["ids"], vsprefill=params)
@@ -46,8 +46,14 @@ class Setup:
             assert outcome(answer)["source"] == "local" and reason in outcome(answer)["reason"]
             assert tokens(answer) == prompt["tokens"]
         self.engine.await_idle()
-        assert self.engine.metric("vllm:vsprefill_loads_total", outcome="failed") == failed + 1
+        end = time.monotonic() + 10
+        while self._failed_loads() != failed + 1:
+            assert time.monotonic() < end, f"{self._failed_loads()} failed loads, before {failed}"
+            time.sleep(0.1)
         assert reason in self.engine.log()
+
+    def _failed_loads(self):
+        return self.engine.metric("vllm:vsprefill_loads_total", outcome="failed")
 
     def expect_right(self, prompt):
         """The next request loads and is right, and nothing stays in use."""
@@ -62,14 +68,20 @@ class Setup:
         self.await_fit(True)
         return server
 
-    def await_fit(self, fit, seconds=30):
-        """Until the engine takes a prompt for `direct`, or does not."""
+    def await_fit(self, fit, seconds=60):
+        """Until the engine loads a prompt from `direct`, or does not try; returns that answer."""
         end = time.monotonic() + seconds
         while True:
-            answer = self.engine.complete([5] * 64, vsprefill={"endpoint": self.direct}, max_tokens=1)
-            if (outcome(answer)["source"] == "remote") == fit:
-                return answer
-            assert time.monotonic() < end, outcome(answer)
+            try:
+                answer = self.engine.complete([5] * 64, vsprefill={"endpoint": self.direct, "deadline_seconds": 5},
+                                              max_tokens=1)
+                last = outcome(answer)
+                tried = last["source"] == "remote" or last["reason"].startswith("load failed")
+                if (last["source"] == "remote") if fit else not tried:
+                    return answer
+            except HttpError as error:  # it tried, and the policy is to fail
+                last = error
+            assert time.monotonic() < end, last
             time.sleep(0.2)
 
 
@@ -143,16 +155,18 @@ def test_absent_server_is_a_local_prefill(setup, short):
     assert outcome(answer)["endpoint"] == setup.proxy.address and tokens(answer) == short["tokens"]
 
 
-def await_bytes(server):
-    """Until the server has sent KV of the request that runs."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as response:
-            for line in response.read().decode().splitlines():
-                if line.startswith("vsprefill_send_buffer_bytes") and float(line.split()[-1]) > 0:
-                    return
+def sent_bytes(server):
+    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=30) as response:
+        return sum(float(line.split()[-1]) for line in response.read().decode().splitlines()
+                   if line.startswith("vsprefill_kv_bytes_sent_total"))
+
+
+def await_bytes(server, before):
+    """Until the server has sent KV of the request that runs now."""
+    end = time.monotonic() + 120
+    while sent_bytes(server) <= before:
+        assert time.monotonic() < end, "no KV byte within 120 s"
         time.sleep(0.01)
-    raise AssertionError("no KV byte within 60 s")
 
 
 def in_background(function):
@@ -182,9 +196,10 @@ def in_background(function):
 def test_server_killed_while_it_sends(setup, expected, short, model_dir):
     server = setup.start_direct(model_dir)
     try:
+        before = sent_bytes(server)
         join = in_background(lambda: setup.expect_failure(expected["text 1500"], "UNAVAILABLE",
                                                           endpoint=setup.direct))
-        await_bytes(server)
+        await_bytes(server, before)
         os.kill(server.pid, signal.SIGKILL)
         join()
     finally:
@@ -196,9 +211,10 @@ def test_server_killed_while_it_sends(setup, expected, short, model_dir):
 def test_server_stopped_while_it_sends(setup, expected, short, model_dir):
     server = setup.start_direct(model_dir)
     try:
+        before = sent_bytes(server)
         join = in_background(lambda: setup.expect_failure(
             expected["text 1500"], "DEADLINE_EXCEEDED", endpoint=setup.direct, deadline_seconds=8))
-        await_bytes(server)
+        await_bytes(server, before)
         os.kill(server.pid, signal.SIGSTOP)
         join()
         setup.await_fit(False)  # it does not answer polls either
@@ -214,8 +230,9 @@ def test_draining_server_finishes_what_it_took_and_gets_no_more(setup, expected,
     server = setup.start_direct(model_dir)
     try:
         prompt = expected["text 1500"]
+        before = sent_bytes(server)
         join = in_background(lambda: setup.engine.complete(prompt["ids"], vsprefill={"endpoint": setup.direct}))
-        await_bytes(server)
+        await_bytes(server, before)
         os.kill(server.pid, signal.SIGTERM)
         refused = setup.await_fit(False)
         taken = join()
@@ -230,8 +247,7 @@ def test_draining_server_finishes_what_it_took_and_gets_no_more(setup, expected,
 def test_a_client_that_goes_away_while_its_prompt_loads(setup, short, stream):
     setup.proxy.stall_after = 3
     connection = setup.engine.begin(short["ids"], vsprefill={"endpoint": setup.proxy.address}, stream=stream)
-    assert setup.proxy.stalled.wait(30)
-    assert setup.engine.metric("vllm:kv_cache_usage_perc") > 0
+    assert setup.proxy.stalled.wait(60)
     connection.close()
     assert setup.proxy.ended.wait(10), "the prefill was not cancelled"
     setup.engine.await_idle()
@@ -242,21 +258,20 @@ def test_a_client_that_goes_away_while_its_prompt_loads(setup, short, stream):
 def test_others_go_on_while_one_load_stands_still(setup, expected, short):
     setup.proxy.stall_after = 3
     join = in_background(lambda: setup.expect_failure(short, "DEADLINE_EXCEEDED", endpoint=setup.proxy.address,
-                                                      deadline_seconds=10))
-    assert setup.proxy.stalled.wait(30)
-    begin = time.monotonic()
+                                                      deadline_seconds=45))
+    assert setup.proxy.stalled.wait(40)
     other = expected["capital"]
     assert tokens(setup.engine.complete(other["ids"])) == other["tokens"]
-    assert time.monotonic() - begin < 9
+    assert not setup.proxy.ended.is_set(), "the other one waited for the load"
     join()
     setup.proxy.clear()
     setup.expect_right(short)
 
 
 def test_no_block_was_lost(setup, expected):
-    """Last: 24 of the 27 blocks at once, and the whole cache in a request of 26."""
+    """Last: requests of 24 and of 26 blocks. vLLM keeps one of the 27 for itself."""
     setup.expect_right(expected["text 3000"])
-    ids = expected["text 7000"]["ids"][:3300]
+    ids = expected["text 7000"]["ids"][:3200]
     answer = setup.engine.complete(ids, vsprefill={"endpoint": setup.proxy.address}, max_tokens=28)
     assert outcome(answer)["source"] == "remote"
     setup.engine.await_idle()

@@ -71,7 +71,8 @@ def model_fingerprint(vllm_config: Any, kv_id: str) -> Fingerprint:
         from huggingface_hub import snapshot_download
 
         path = Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
-    return Fingerprint.of_model(path, model.hf_config.to_dict(), dtype, kv_id)
+    config = getattr(model, "hf_text_config", None) or model.hf_config
+    return Fingerprint.of_model(path, config.to_dict(), dtype, kv_id)
 
 
 def check_cache_groups(kv_cache_config: Any) -> int:

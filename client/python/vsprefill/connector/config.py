@@ -130,6 +130,12 @@ class ConnectorConfig:
             if not isinstance(tls, Mapping):
                 raise ConfigError(f"tls {tls!r} is not an object")
             _known("tls", tls, {f.name for f in fields(TlsOptions)})
+            for name, value in tls.items():
+                _text(f"tls: {name}", value)
+            try:
+                TlsOptions(**tls).credentials()
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"tls: {error}") from None
         for name in ("default_on", "unpin_io"):
             if not isinstance(extra.get(name, True), bool):
                 raise ConfigError(f"{name} {extra[name]!r} is not true or false")

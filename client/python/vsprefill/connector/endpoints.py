@@ -154,7 +154,10 @@ class EndpointPool:
 
     def _poll_forever(self, endpoint: _Endpoint, asked: threading.Event) -> None:
         while not self._stop.is_set():
-            self.poll(endpoint.address)
+            try:
+                self.poll(endpoint.address)
+            except Exception:  # a bug here would leave an endpoint as it last was, for ever
+                logger.exception("polling prefill server %s", endpoint.address)
             asked.set()
             self._stop.wait(self._poll_seconds)
 
@@ -172,8 +175,10 @@ class EndpointPool:
             if not self._stop.is_set():
                 self._lost(endpoint, error)
             return
-        except ValueError:  # the channel was closed under the call
-            return
+        except ValueError:
+            if self._stop.is_set():  # the channel was closed under the call
+                return
+            raise
         with self._lock:
             before = endpoint.problem
             endpoint.lost_polls = 0
