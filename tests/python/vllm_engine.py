@@ -17,7 +17,7 @@ from conftest import ROOT
 
 PYTHON = ROOT / ".venv-vllm/bin/python"
 MODEL = ROOT / "models/vllm/SmolLM2-135M-Instruct"
-READY_SECONDS = 300
+READY_SECONDS = 600
 
 
 def require():
@@ -45,7 +45,7 @@ class Engine:
         require()
         self.port = free_port()
         # Its processes spin while requests wait for KV: on two cores the prefill server must come first.
-        command = ["nice", "-n", "5", str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL),
+        command = ["nice", "-n", "3", str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL),
                    "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port), "--dtype", dtype,
                    "--max-model-len", str(max_model_len), "--enforce-eager", "--enable-prompt-tokens-details",
                    *arguments]
@@ -67,7 +67,7 @@ class Engine:
     def _await_ready(self):
         end = time.monotonic() + READY_SECONDS
         while time.monotonic() < end:
-            assert self._process.poll() is None, f"vLLM ended with {self._process.returncode}:\n{self.log()[-4000:]}"
+            assert self._process.poll() is None, f"vLLM ended with {self._process.returncode}:\n{self.errors()}"
             try:
                 urllib.request.urlopen(self.url("/health"), timeout=5).close()
                 return
@@ -82,6 +82,11 @@ class Engine:
         self._log.flush()
         with open(f"/proc/self/fd/{self._log.fileno()}") as log:
             return log.read()
+
+    def errors(self):
+        """The first errors of the log, or its end: later ones only say that an earlier one happened."""
+        errors = [line for line in self.log().splitlines() if " ERROR " in line]
+        return "\n".join(errors[:60]) or self.log()[-4000:]
 
     def alive(self):
         return self._process.poll() is None
