@@ -31,7 +31,7 @@ class FakeServer(prefill_pb2_grpc.PrefillServiceServicer):
     credentials. `model_info`, `load_info`: what the unary calls answer.
     """
 
-    def __init__(self, fault=None, error=None, never_end=False, failures=(), tls=None):
+    def __init__(self, fault=None, error=None, never_end=False, failures=(), tls=None, address="127.0.0.1:0"):
         self.fault, self.error, self.never_end = fault, error, never_end
         self.failures = list(failures)
         self.model_info = prefill_pb2.ModelInfo(model_name="fake", vocab_size=99)
@@ -41,8 +41,7 @@ class FakeServer(prefill_pb2_grpc.PrefillServiceServicer):
         self.cancelled = threading.Event()
         self._server = grpc.server(futures.ThreadPoolExecutor(8))
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self, self._server)
-        any_port = "127.0.0.1:0"
-        port = self._server.add_secure_port(any_port, tls) if tls else self._server.add_insecure_port(any_port)
+        port = self._server.add_secure_port(address, tls) if tls else self._server.add_insecure_port(address)
         self.address = f"127.0.0.1:{port}"
 
     def __enter__(self):

@@ -2,10 +2,12 @@
 
 import json
 import re
+import time
 
 import grpc
 import pytest
 from conftest import ROOT
+from fake_server import FakeServer
 from vsprefill import errors, identity
 from vsprefill.connector.breaker import CircuitBreaker
 from vsprefill.connector.config import Attention, ConfigError, ConnectorConfig, RequestOptions
@@ -299,3 +301,23 @@ def test_pool_breaks_the_circuit_on_failed_loads_only_of_the_servers_making(pool
     assert pool.ranked(10, ANY) == ["b:2"]  # one probe at a time
     pool.record("a:1", None, blame=True)
     assert sorted(pool.ranked(10, ANY)) == ENDPOINTS
+
+
+@pytest.mark.long
+def test_pool_finds_a_server_that_was_away_for_a_while():
+    """gRPC's own backoff would look for it after 16 seconds, and later every two minutes."""
+    with FakeServer() as server:
+        address = server.address
+    pool = EndpointPool(ConnectorConfig.parse({"endpoints": [address], "poll_seconds": 0.1}), OURS)
+    pool.start()
+    try:
+        time.sleep(10)
+        assert "not reachable" in pool.why_none(10, ANY)
+        with FakeServer(address=address) as server:
+            server.model_info = model_info()
+            until = time.monotonic() + 4
+            while not pool.ranked(10, ANY):
+                assert time.monotonic() < until, pool.why_none(10, ANY)
+                time.sleep(0.05)
+    finally:
+        pool.close()
