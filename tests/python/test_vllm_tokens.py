@@ -3,6 +3,7 @@
 fp32, so that tokens must be equal; one engine and one prefill server for the whole file.
 """
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import needles
@@ -126,12 +127,33 @@ def test_needles_are_found_as_dense_finds_them(engine, model_dir, length):
     assert number in sparse, f"vsprefill at density {density:.2f} does not find {number}: {sparse!r}"
 
 
-def test_metrics_tell_what_was_loaded(engine, server):
-    loads = engine.metric("vllm:vsprefill_loads_total", outcome="loaded")
-    assert loads >= len(NAMES)
+def test_metrics_tell_what_was_loaded(engine, server, expected):
+    def read():
+        return {
+            "loaded": engine.metric("vllm:vsprefill_loads_total", outcome="loaded"),
+            "seconds": engine.metric("vllm:vsprefill_load_seconds_count"),
+            "server": engine.metric("vllm:vsprefill_server_seconds_count"),
+            "bytes": engine.metric("vllm:vsprefill_load_bytes_sum"),
+            "tries": engine.metric("vllm:vsprefill_tries_total", endpoint=server.address, code="OK"),
+            "tokens": engine.metric("vllm:vsprefill_loaded_tokens_total"),
+            "off": engine.metric("vllm:vsprefill_local_prefills_total", reason="off"),
+            "parameters": engine.metric("vllm:vsprefill_local_prefills_total", reason="parameters")}
+
+    before = read()
+    ids = expected["text 600"]["ids"]
+    engine.complete(ids, vsprefill={}, max_tokens=1)
+    engine.complete(ids[:9], vsprefill=LOCAL, max_tokens=4)
+    engine.complete(ids[:9], vsprefill={"preset": "none"}, max_tokens=4)
+    token_bytes = 30 * 2 * 3 * 64 * 4  # layers, K and V, KV heads, head_dim, fp32
+    end = time.monotonic() + 30
+    while True:
+        # Counts travel with the engine's steps: those of a request's end need another request's step.
+        engine.complete(ids[:2], vsprefill={}, max_tokens=2)
+        change = {name: value - before[name] for name, value in read().items()}
+        if change["off"] and change["parameters"] and change["loaded"]:
+            break
+        assert time.monotonic() < end, change
+    assert (change["off"], change["parameters"]) == (1, 1)
+    assert change["loaded"] == change["seconds"] == change["server"] == change["tries"]
+    assert change["tokens"] >= 600 and change["bytes"] == change["tokens"] * token_bytes
     assert engine.metric("vllm:vsprefill_loads_total", outcome="failed") == 0
-    assert engine.metric("vllm:vsprefill_load_seconds_count") == loads
-    assert engine.metric("vllm:vsprefill_tries_total", endpoint=server.address, code="OK") == loads
-    assert engine.metric("vllm:vsprefill_loaded_tokens_total") > 20000
-    assert engine.metric("vllm:vsprefill_local_prefills_total", reason="off") >= len(NAMES)
-    assert engine.metric("vllm:vsprefill_local_prefills_total", reason="parameters") >= 3
