@@ -73,7 +73,11 @@ class Setup:
 
     def start_direct(self, model_dir):
         server = start_server(model_dir, *DENSE, "--listen", self.direct)
-        self.await_fit(True)
+        try:
+            self.await_fit(True)
+        except BaseException:
+            server.stop()
+            raise
         return server
 
     def await_fit(self, fit, seconds=60):
