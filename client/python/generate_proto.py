@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Generates vsprefill/v1/*_pb2.py and *_pb2_grpc.py from proto/ with grpcio-tools.
+"""Generates vsprefill/v1/*_pb2.py, their types and *_pb2_grpc.py from proto/ with grpcio-tools.
 
 Run by deploy/local/setup.sh and when a wheel is built; does nothing while the sources are unchanged.
 In a source distribution the .proto files lie beside this script in proto/.
@@ -28,7 +28,7 @@ def generate(out=HERE):
     for source in sources:
         digest.update(source.read_bytes())
     stamp = out / "vsprefill/v1/.generated"
-    expected = [out / f"vsprefill/v1/{s.stem}{end}" for s in sources for end in ("_pb2.py", "_pb2_grpc.py")]
+    expected = [out / f"vsprefill/v1/{s.stem}{end}" for s in sources for end in ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")]
     if stamp.exists() and stamp.read_text() == digest.hexdigest() and all(f.exists() for f in expected):
         return
     from grpc_tools import protoc
@@ -37,7 +37,8 @@ def generate(out=HERE):
     package.mkdir(parents=True, exist_ok=True)
     (package / "__init__.py").write_text("")
     well_known = str(resources.files("grpc_tools") / "_proto")
-    arguments = ["protoc", f"-I{root}", f"-I{well_known}", f"--python_out={out}", f"--grpc_python_out={out}"]
+    arguments = ["protoc", f"-I{root}", f"-I{well_known}", f"--python_out={out}", f"--pyi_out={out}",
+                 f"--grpc_python_out={out}"]
     if protoc.main(arguments + [os.fspath(s) for s in sources]) != 0:
         sys.exit("generate_proto: protoc failed")
     stamp.write_text(digest.hexdigest())

@@ -1,5 +1,6 @@
 """Paths and shared fixtures of the Python tests. They run from a set-up tree (deploy/local/setup.sh)."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes more than ten seconds; tests/run.sh --quick leaves it out")
+    config.addinivalue_line("markers", "vllm: starts vLLM from .venv-vllm (deploy/local/setup_vllm.sh)")
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +26,11 @@ def model_dir():
 @pytest.fixture(scope="session")
 def fixtures_dir():
     return ROOT / "models/fixtures"
+
+
+@pytest.fixture(scope="session")
+def expected():
+    """name -> {"ids", "tokens"}: ten prompts and what transformers answers (tests/golden/make_expected_tokens.py)."""
+    values = json.loads((ROOT / "models/expected_tokens.json").read_text())["prompts"]
+    assert len(values) == 10
+    return {v["name"]: v for v in values}

@@ -25,15 +25,24 @@ def make_kv(layer, tokens, dtype):
 
 
 class FakeServer(prefill_pb2_grpc.PrefillServiceServicer):
-    """`fault(events)` may change the list of events of the main stream, `error` ends calls with a status."""
+    """`fault(events)` may change the list of events of the main stream, `error` ends calls with a status.
 
-    def __init__(self, fault=None, error=None, never_end=False):
+    `failures`: (code, message, pushback or None) of the first calls, one each; later calls succeed. `tls`: server
+    credentials. `model_info`, `load_info`: what the unary calls answer.
+    """
+
+    def __init__(self, fault=None, error=None, never_end=False, failures=(), tls=None, address="127.0.0.1:0"):
         self.fault, self.error, self.never_end = fault, error, never_end
+        self.failures = list(failures)
+        self.model_info = prefill_pb2.ModelInfo(model_name="fake", vocab_size=99)
+        self.load_info = prefill_pb2.Load(requests_waiting=3)
+        self.metadata = []
         self.requests = []
         self.cancelled = threading.Event()
         self._server = grpc.server(futures.ThreadPoolExecutor(8))
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self, self._server)
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        port = self._server.add_secure_port(address, tls) if tls else self._server.add_insecure_port(address)
+        self.address = f"127.0.0.1:{port}"
 
     def __enter__(self):
         self._server.start()
@@ -49,7 +58,7 @@ class FakeServer(prefill_pb2_grpc.PrefillServiceServicer):
         layout = kv_pb2.KvLayout(num_layers=LAYERS, num_kv_heads=HEADS, head_dim=HEAD_DIM, dtype=dtype,
                                  kv_id="id", prompt_tokens=tokens, start_token=start, chunk_tokens=CHUNK)
         events = [prefill_pb2.PrefillEvent(accepted=prefill_pb2.Accepted(
-            layout=layout, stripe=stripe, stripes=stripes, method="dense"))]
+            layout=layout, stripe=stripe, stripes=stripes, method=request.method.name or "dense"))]
         manifest = kv_pb2.KvManifest()
         for layer in range(LAYERS):
             kv = make_kv(layer, tokens, dtype)
@@ -80,10 +89,12 @@ class FakeServer(prefill_pb2_grpc.PrefillServiceServicer):
 
     def Prefill(self, request, context):
         self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
         if self.never_end:
             context.add_callback(self.cancelled.set)
-        if self.error is not None:
-            code, message, pushback = self.error
+        error = self.failures.pop(0) if self.failures else self.error
+        if error is not None:
+            code, message, pushback = error
             if pushback is not None:
                 context.set_trailing_metadata((("grpc-retry-pushback-ms", str(pushback)),))
             context.abort(code, message)
@@ -100,7 +111,7 @@ class FakeServer(prefill_pb2_grpc.PrefillServiceServicer):
         context.abort(grpc.StatusCode.NOT_FOUND, f"no request {request.request_id!r} in flight")
 
     def GetModelInfo(self, request, context):
-        return prefill_pb2.ModelInfo(model_name="fake", vocab_size=99)
+        return self.model_info
 
     def GetLoad(self, request, context):
-        return prefill_pb2.Load(requests_waiting=3)
+        return self.load_info

@@ -51,6 +51,10 @@ class Program:
         assert text is not None, f"no line {prefix!r} within {timeout} s:\n" + "\n".join(self.lines[-20:])
         return text[len(prefix):]
 
+    @property
+    def pid(self):
+        return self._process.pid
+
     def stop(self):
         """SIGTERM; returns the exit status."""
         self._process.terminate()
@@ -72,7 +76,8 @@ class Program:
 
 def start_server(model_dir, *arguments):
     """A vsprefill-server on loopback; `address` and `metrics` are where it listens."""
-    server = Program(binary("vsprefill-server"), "--model", str(model_dir), "--listen", "127.0.0.1:0",
+    listen = () if "--listen" in arguments else ("--listen", "127.0.0.1:0")
+    server = Program(binary("vsprefill-server"), "--model", str(model_dir), *listen,
                      "--metrics_listen", "127.0.0.1:0", "--device", "cpu", *arguments)
     try:
         server.address = server.line("listening on ")

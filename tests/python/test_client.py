@@ -1,13 +1,20 @@
-"""The Python client against a fake server: whole streams, torn streams, errors."""
+"""The Python clients, sync and asyncio, against a fake server: whole streams, torn streams, errors."""
 
 import grpc
 import numpy as np
 import pytest
 import vsprefill
+from blocking_async_client import BlockingAsyncClient
 from fake_server import FIRST_TOKEN, LAYERS, FakeServer, make_kv
 from vsprefill.v1 import kv_pb2, prefill_pb2
 
 IDS = list(range(40))
+
+
+@pytest.fixture(params=[vsprefill.PrefillClient, BlockingAsyncClient], ids=["sync", "asyncio"])
+def connect(request):
+    """The client class under test: both pass the same tests."""
+    return request.param
 
 
 def check_whole(cache, dtype, start=0):
@@ -22,8 +29,8 @@ def check_whole(cache, dtype, start=0):
                                         ("float32", kv_pb2.KV_DTYPE_FLOAT32)])
 @pytest.mark.parametrize("stripes", [1, 2, 3, LAYERS])
 @pytest.mark.parametrize("start", [0, 1, 39])
-def test_whole_cache(name, dtype, stripes, start):
-    with FakeServer() as server, vsprefill.PrefillClient(server.address) as client:
+def test_whole_cache(connect, name, dtype, stripes, start):
+    with FakeServer() as server, connect(server.address) as client:
         cache = client.prefill(IDS, kv_dtype=name, stripes=stripes, start_token=start, want_logits=True, timeout=20)
     check_whole(cache, dtype, start)
     assert cache.layout.dtype == name
@@ -33,8 +40,8 @@ def test_whole_cache(name, dtype, stripes, start):
     assert cache.stats.layer_group_density == (0.1, 0.2, 0.3, 0.4)
 
 
-def test_layers_come_one_by_one():
-    with FakeServer() as server, vsprefill.PrefillClient(server.address) as client:
+def test_layers_come_one_by_one(connect):
+    with FakeServer() as server, connect(server.address) as client:
         stream = client.stream(IDS)
         assert stream.cache is None
         assert [layer.index for layer in stream] == list(range(LAYERS))
@@ -42,8 +49,8 @@ def test_layers_come_one_by_one():
         assert stream.cache.logits is None
 
 
-def test_request_fields():
-    with FakeServer() as server, vsprefill.PrefillClient(server.address) as client:
+def test_request_fields(connect):
+    with FakeServer() as server, connect(server.address) as client:
         client.prefill(IDS, request_id="r", attempt=3, method="vsprefill", parameters={"threshold": 2.0},
                        expected_kv_id="id")
     request = server.requests[0]
@@ -51,15 +58,15 @@ def test_request_fields():
     assert (request.method.name, dict(request.method.parameters)) == ("vsprefill", {"threshold": 2.0})
 
 
-def test_text_needs_a_tokenizer():
+def test_text_needs_a_tokenizer(connect):
     class Letters:
         def encode(self, text):
             return [ord(c) for c in text]
 
     with FakeServer() as server:
-        with vsprefill.PrefillClient(server.address, tokenizer=Letters()) as client:
+        with connect(server.address, tokenizer=Letters()) as client:
             assert client.prefill(text="abc").token_ids == [97, 98, 99]
-        with vsprefill.PrefillClient(server.address) as client:
+        with connect(server.address) as client:
             with pytest.raises(ValueError, match="tokenizer"):
                 client.prefill(text="abc")
             with pytest.raises(ValueError, match="either"):
@@ -159,8 +166,8 @@ def unknown_dtype(events):
                                    no_done, no_first_token, no_accepted, nothing, manifest_checksum,
                                    manifest_short, manifest_bytes, another_kv_id, another_length, unknown_dtype])
 @pytest.mark.parametrize("stripes", [1, 2])
-def test_torn_stream_is_data_loss(fault, stripes):
-    with FakeServer(fault=fault) as server, vsprefill.PrefillClient(server.address) as client:
+def test_torn_stream_is_data_loss(connect, fault, stripes):
+    with FakeServer(fault=fault) as server, connect(server.address) as client:
         stream = client.stream(IDS, expected_kv_id="id", stripes=stripes, timeout=20)
         with pytest.raises(vsprefill.DataLossError):
             for _ in stream:
@@ -182,63 +189,64 @@ def test_torn_stream_is_data_loss(fault, stripes):
     (grpc.StatusCode.INTERNAL, vsprefill.VsprefillError),
 ])
 @pytest.mark.parametrize("stripes", [1, 2])
-def test_codes_become_exceptions(code, exception, stripes):
+def test_codes_become_exceptions(connect, code, exception, stripes):
     with FakeServer(error=(code, "value 7 not in [1, 5]", None)) as server:
-        with vsprefill.PrefillClient(server.address) as client:
+        with connect(server.address, retry=vsprefill.NO_RETRY) as client:
             with pytest.raises(exception, match="value 7 not in") as caught:
                 client.prefill(IDS, stripes=stripes)
     assert caught.value.code == code
     assert type(caught.value) is exception
 
 
-def test_retry_pushback():
+def test_retry_pushback(connect):
     with FakeServer(error=(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", 1500)) as server:
-        with vsprefill.PrefillClient(server.address) as client:
+        with connect(server.address, retry=vsprefill.NO_RETRY) as client:
             with pytest.raises(vsprefill.OverloadedError) as caught:
                 client.prefill(IDS)
     assert caught.value.retry_after_seconds == 1.5
 
 
 @pytest.mark.parametrize("stripes", [1, 3])
-def test_deadline_and_cancellation_reach_the_server(stripes):
-    with FakeServer(never_end=True) as server, vsprefill.PrefillClient(server.address) as client:
+def test_deadline_and_cancellation_reach_the_server(connect, stripes):
+    with FakeServer(never_end=True) as server, connect(server.address) as client:
         with pytest.raises(vsprefill.DeadlineError):
             client.prefill(IDS, timeout=0.5, stripes=stripes)
         assert server.cancelled.wait(5)
-    with FakeServer(never_end=True) as server, vsprefill.PrefillClient(server.address) as client:
+    with FakeServer(never_end=True) as server, connect(server.address) as client:
         layers = iter(client.stream(IDS, stripes=stripes))
         next(layers)
-        del layers  # an abandoned iterator cancels the call
+        layers.close()  # an abandoned iterator cancels the call
+        del layers
         assert server.cancelled.wait(5)
 
 
-def test_unreachable_server():
+def test_unreachable_server(connect):
     with FakeServer() as server:
         address = server.address
-    with vsprefill.PrefillClient(address) as client:
+    with connect(address) as client:
         with pytest.raises(vsprefill.ServerUnavailableError):
             client.prefill(IDS, timeout=10)
 
 
-def test_push():
-    with FakeServer() as server, vsprefill.PrefillClient(server.address) as client:
+def test_push(connect):
+    with FakeServer() as server, connect(server.address) as client:
         result = client.push(["127.0.0.1:1", "127.0.0.1:2"], IDS)
     assert list(server.requests[0].push_targets) == ["127.0.0.1:1", "127.0.0.1:2"]
     assert result.first_token == FIRST_TOKEN
     assert result.targets == {"127.0.0.1:1": 7, "127.0.0.1:2": 7}
 
 
-def test_push_that_one_target_did_not_verify():
+def test_push_that_one_target_did_not_verify(connect):
     def fail_one(events):
         events[-1].done.targets[1].code = 14
         return events
 
-    with FakeServer(fault=fail_one) as server, vsprefill.PrefillClient(server.address) as client:
+    with FakeServer(fault=fail_one) as server, connect(server.address, retry=vsprefill.NO_RETRY) as client:
         with pytest.raises(vsprefill.DataLossError, match="127.0.0.1:2: code 14"):
             client.push(["127.0.0.1:1", "127.0.0.1:2"], IDS)
 
 
-def test_info_and_load():
-    with FakeServer() as server, vsprefill.PrefillClient(server.address) as client:
+def test_info_and_load(connect):
+    with FakeServer() as server, connect(server.address) as client:
         assert client.model_info().vocab_size == 99
         assert client.load() == prefill_pb2.Load(requests_waiting=3)

@@ -1,16 +1,22 @@
 """Client of vsprefill: token ids or text in, KV cache and first token out."""
 
-from .client import Layer, PrefillClient, PrefillStream, PushResult
+from .aio import AsyncPrefillClient, AsyncPrefillStream
+from .channels import TlsOptions
+from .client import PrefillClient, PrefillStream
 from .errors import (DataLossError, DeadlineError, DuplicateRequestError, InvalidRequestError,
                      ModelMismatchError, OverloadedError, PushDeniedError, RequestCancelledError,
-                     ServerUnavailableError, StalledError, VsprefillError)
-from .kv_cache import KvCache, KvLayout, Stats, bfloat16_to_float32
+                     ServerUnavailableError, StalledError, UnauthenticatedError, VsprefillError)
+from .kv_cache import Destination, KvCache, KvLayout, PrefillResult, Stats, bfloat16_to_float32
+from .requests import PushResult
+from .retry import NO_RETRY, RetryPolicy
+from .session import Layer, PrefillSession
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
-    "DataLossError", "DeadlineError", "DuplicateRequestError", "InvalidRequestError", "KvCache", "KvLayout",
-    "Layer", "ModelMismatchError", "OverloadedError", "PrefillClient", "PrefillStream", "PushDeniedError",
-    "PushResult", "RequestCancelledError", "ServerUnavailableError", "StalledError", "Stats", "VsprefillError",
-    "bfloat16_to_float32",
+    "NO_RETRY", "AsyncPrefillClient", "AsyncPrefillStream", "DataLossError", "DeadlineError", "Destination",
+    "DuplicateRequestError", "InvalidRequestError", "KvCache", "KvLayout", "Layer", "ModelMismatchError",
+    "OverloadedError", "PrefillClient", "PrefillResult", "PrefillSession", "PrefillStream", "PushDeniedError",
+    "PushResult", "RequestCancelledError", "RetryPolicy", "ServerUnavailableError", "StalledError", "Stats",
+    "TlsOptions", "UnauthenticatedError", "VsprefillError", "bfloat16_to_float32",
 ]

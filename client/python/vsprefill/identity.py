@@ -5,11 +5,15 @@ cache that a server makes (weights, shape, rope, KV dtype); the handshake compar
 Test vectors: tests/golden/identities.json. Definition: docs/identities.md.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
 import struct
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 SAMPLED_ABOVE_BYTES = 4096
 SAMPLES = 64
@@ -20,7 +24,7 @@ class IdentityError(ValueError):
     """A model directory whose identity cannot be computed."""
 
 
-def safetensors_files(model_dir):
+def safetensors_files(model_dir: str | Path) -> list[Path]:
     """The weight files of a Hugging Face directory, in sorted order."""
     model_dir = Path(model_dir)
     index = model_dir / "model.safetensors.index.json"
@@ -33,7 +37,7 @@ def safetensors_files(model_dir):
     return [single]
 
 
-def _headers(files):
+def _headers(files: Iterable[Path]) -> Iterator[tuple[str, str, list[int], Path, int, int]]:
     """Yields (name, dtype, shape, file, offset of the data, bytes) of every tensor."""
     for path in files:
         with open(path, "rb") as file:
@@ -47,7 +51,7 @@ def _headers(files):
                 yield name, entry["dtype"], entry["shape"], path, 8 + size + begin, end - begin
 
 
-def weights_id_of_files(files):
+def weights_id_of_files(files: Iterable[str | Path]) -> str:
     """SHA-256 (hex) over the tensors, sorted by the bytes of their names; see docs/identities.md."""
     tensors = sorted(_headers([Path(f) for f in files]), key=lambda t: t[0].encode())
     digest = hashlib.sha256()
@@ -65,23 +69,23 @@ def weights_id_of_files(files):
     return digest.hexdigest()
 
 
-def weights_id(model_dir):
+def weights_id(model_dir: str | Path) -> str:
     """weights_id of a Hugging Face model directory."""
     return weights_id_of_files(safetensors_files(model_dir))
 
 
-def _number(value):
+def _number(value: Any) -> str:
     return "%.17g" % float(value)
 
 
-def _yarn_mscale(scale, mscale=1.0):
+def _yarn_mscale(scale: float, mscale: float = 1.0) -> float:
     return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
 
 
-def rope_identity(config):
+def rope_identity(config: Mapping[str, Any]) -> dict[str, str]:
     """The rope part of kv_id: every value that changes keys, as strings. `config` is config.json."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    parameters: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = str(parameters.get("rope_type", parameters.get("type", "default")))
     theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
     rope = {"type": kind, "theta": _number(theta)}
     if kind == "default":
@@ -92,7 +96,7 @@ def rope_identity(config):
     rope["factor"] = _number(factor)
     if kind == "linear":
         return rope
-    original = parameters.get("original_max_position_embeddings", config.get("max_position_embeddings"))
+    original: Any = parameters.get("original_max_position_embeddings", config.get("max_position_embeddings"))
     rope["original_max_position_embeddings"] = str(int(original))
     if kind == "llama3":
         rope["low_freq_factor"] = _number(parameters["low_freq_factor"])
@@ -112,7 +116,7 @@ def rope_identity(config):
     return rope
 
 
-def kv_identity_json(config, weights, kv_dtype):
+def kv_identity_json(config: Mapping[str, Any], weights: str, kv_dtype: str) -> str:
     """The canonical JSON that kv_id hashes. kv_dtype: "bfloat16" or "float32"."""
     if kv_dtype not in ("bfloat16", "float32"):
         raise IdentityError(f"KV dtype {kv_dtype!r} not in bfloat16, float32")
@@ -129,7 +133,7 @@ def kv_identity_json(config, weights, kv_dtype):
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def kv_id(model_dir, kv_dtype, weights=None):
+def kv_id(model_dir: str | Path, kv_dtype: str, weights: str | None = None) -> str:
     """kv_id of a model directory; `weights` is its weights_id where the caller has it already."""
     config = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))
     text = kv_identity_json(config, weights or weights_id(model_dir), kv_dtype)

@@ -1,22 +1,27 @@
-"""A prompt's KV cache on the client: assembled from chunks, verified, then read-only by convention.
+"""A prompt's KV cache as the client hands it out: shape, figures, arrays.
 
-Wire format: docs/kv_wire_format.md. A chunk is one layer and token range; its payload is K then V,
-each [kv_heads, tokens, head_dim]. Nothing here needs torch; bfloat16 is held as numpy.uint16 bits.
+Nothing here needs torch; bfloat16 is held as numpy.uint16 bits.
 """
 
-import struct
+from __future__ import annotations
+
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import xxhash
+import numpy.typing as npt
 
 from .errors import DataLossError
-from .v1 import kv_pb2
+from .v1 import kv_pb2, prefill_pb2
 
-_DTYPES = {
-    kv_pb2.KV_DTYPE_BFLOAT16: ("bfloat16", np.dtype("<u2")),
-    kv_pb2.KV_DTYPE_FLOAT32: ("float32", np.dtype("<f4")),
-}
+if TYPE_CHECKING:
+    import transformers
+
+Array = npt.NDArray[Any]
+
+_DTYPES = {kv_pb2.KV_DTYPE_BFLOAT16: "bfloat16", kv_pb2.KV_DTYPE_FLOAT32: "float32"}
+_MAX_MESSAGE_BYTES = 4 << 20
+_MAX_LAYERS = 4096
 
 
 @dataclass(frozen=True)
@@ -32,23 +37,34 @@ class KvLayout:
     start_token: int
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         """Tokens that the server sends."""
         return self.prompt_tokens - self.start_token
 
     @property
-    def storage(self):
+    def storage(self) -> np.dtype[Any]:
         """numpy dtype of the arrays: uint16 (bits of bfloat16) or float32."""
         return np.dtype("<u2") if self.dtype == "bfloat16" else np.dtype("<f4")
 
+    @property
+    def token_bytes(self) -> int:
+        """Payload bytes of one token of one layer, K and V."""
+        return 2 * self.num_kv_heads * self.head_dim * self.storage.itemsize
+
     @classmethod
-    def from_proto(cls, proto):
+    def from_proto(cls, proto: kv_pb2.KvLayout) -> KvLayout:
+        """Raises DataLossError for a shape that no server can mean: nothing is allocated on a peer's word."""
         if proto.dtype not in _DTYPES:
             raise DataLossError(f"layout with KV dtype {proto.dtype}, expected one of {sorted(_DTYPES)}")
-        layout = cls(proto.num_layers, proto.num_kv_heads, proto.head_dim, _DTYPES[proto.dtype][0],
+        layout = cls(proto.num_layers, proto.num_kv_heads, proto.head_dim, _DTYPES[proto.dtype],
                      proto.kv_id, proto.prompt_tokens, proto.start_token)
         if layout.start_token > layout.prompt_tokens:
             raise DataLossError(f"layout with start_token {layout.start_token} > {layout.prompt_tokens} tokens")
+        if not 0 < layout.num_layers <= _MAX_LAYERS:
+            raise DataLossError(f"layout with {layout.num_layers} layers, not in [1, {_MAX_LAYERS}]")
+        if not 0 < layout.token_bytes <= _MAX_MESSAGE_BYTES:
+            raise DataLossError(f"layout with {layout.num_kv_heads} KV heads of {layout.head_dim}: a token of a layer "
+                                f"has {layout.token_bytes} bytes, not in [1, {_MAX_MESSAGE_BYTES}]")
         return layout
 
 
@@ -63,106 +79,85 @@ class Stats:
     index_seconds: float
     density: float
     cost_ratio: float
-    layer_group_density: tuple
+    layer_group_density: tuple[float, ...]
     kv_bytes: int
 
     @classmethod
-    def from_proto(cls, p):
+    def from_proto(cls, p: prefill_pb2.PrefillStats) -> Stats:
         return cls(p.queue_seconds, p.compute_seconds, p.ttft_seconds, p.exposed_transfer_seconds,
                    p.index_seconds, p.density, p.cost_ratio, tuple(p.layer_group_density), p.kv_bytes)
 
 
-def bfloat16_to_float32(bits):
+def bfloat16_to_float32(bits: Array) -> npt.NDArray[np.float32]:
     """float32 values of an array of bfloat16 bits (uint16)."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+class Destination(Protocol):
+    """Where verified chunks go. Called by one thread per stripe; a layer comes on one stripe only."""
+
+    def write(self, layer: int, token_begin: int, keys: Array, values: Array) -> None:
+        """Takes tokens [token_begin, token_begin + n) of a layer.
+
+        keys (after RoPE), values: read-only [kv_heads, n, head_dim] in KvLayout.storage; they borrow the received
+        message, so copy what is to stay. token_begin counts from the prompt's first token. An exception ends the
+        prefill and reaches its caller.
+        """
+
+
+class ArrayDestination:
+    """The default: one array per layer, [kv_heads, tokens, head_dim], token 0 is KvLayout.start_token."""
+
+    def __init__(self, layout: KvLayout) -> None:
+        self._start = layout.start_token
+        shape = (layout.num_kv_heads, layout.tokens, layout.head_dim)
+        self.keys = [np.empty(shape, layout.storage) for _ in range(layout.num_layers)]
+        self.values = [np.empty(shape, layout.storage) for _ in range(layout.num_layers)]
+
+    def write(self, layer: int, token_begin: int, keys: Array, values: Array) -> None:
+        at = slice(token_begin - self._start, token_begin - self._start + keys.shape[1])
+        self.keys[layer][:, at] = keys
+        self.values[layer][:, at] = values
+
+
 @dataclass
-class KvCache:
-    """Keys (after RoPE) and values of every layer, each [kv_heads, tokens, head_dim]."""
+class PrefillResult:
+    """A prefill whose cache arrived whole and verified, wherever it was written."""
 
     request_id: str
+    attempt: int
     layout: KvLayout
-    token_ids: list
-    method: str
-    first_token: int
-    logits: np.ndarray | None  # float32 [vocab] of the last position, if asked for
+    method: str  # as the server resolved it
+    method_parameters: dict[str, float]
+    first_token: int  # greedy
+    logits: npt.NDArray[np.float32] | None  # [vocab] of the last position, if asked for
     stats: Stats
-    keys: list = field(repr=False)
-    values: list = field(repr=False)
+    received_bytes: int
 
-    def float32(self, layer):
+
+@dataclass
+class KvCache(PrefillResult):
+    """Keys (after RoPE) and values of every layer, each [kv_heads, tokens, head_dim]. Read-only by convention."""
+
+    token_ids: list[int] = field(repr=False)
+    keys: list[Array] = field(repr=False)
+    values: list[Array] = field(repr=False)
+
+    def float32(self, layer: int) -> tuple[Array, Array]:
         """(K, V) of a layer as float32 arrays."""
         k, v = self.keys[layer], self.values[layer]
         if self.layout.dtype == "bfloat16":
             k, v = bfloat16_to_float32(k), bfloat16_to_float32(v)
         return k, v
 
-    def to_dynamic_cache(self, config, **kwargs):
+    def to_dynamic_cache(self, config: Any, **kwargs: Any) -> transformers.DynamicCache:
         """A transformers DynamicCache; see vsprefill.huggingface.to_dynamic_cache."""
         from .huggingface import to_dynamic_cache
 
         return to_dynamic_cache(self, config, **kwargs)
 
-    def generate_inputs(self, config, **kwargs):
+    def generate_inputs(self, config: Any, **kwargs: Any) -> dict[str, Any]:
         """Keyword arguments for model.generate; see vsprefill.huggingface.generate_inputs."""
         from .huggingface import generate_inputs
 
         return generate_inputs(self, config, **kwargs)
-
-
-class KvAssembler:
-    """Puts chunks of one request (all stripes) in place and verifies them. Not thread-safe."""
-
-    def __init__(self, layout):
-        self.layout = layout
-        shape = (layout.num_kv_heads, layout.tokens, layout.head_dim)
-        self.keys = [np.empty(shape, layout.storage) for _ in range(layout.num_layers)]
-        self.values = [np.empty(shape, layout.storage) for _ in range(layout.num_layers)]
-        self._records = [{} for _ in range(layout.num_layers)]  # token_begin -> (token_end, checksum)
-        self._tokens = [0] * layout.num_layers
-        self._bytes = [0] * layout.num_layers
-
-    def add(self, chunk):
-        """Takes a kv_pb2.KvChunk; returns True if it completes its layer. Raises DataLossError."""
-        layout, begin, end = self.layout, chunk.token_begin, chunk.token_end
-        what = f"chunk of layer {chunk.layer}, tokens [{begin}, {end})"
-        if chunk.layer >= layout.num_layers:
-            raise DataLossError(f"{what}: the model has {layout.num_layers} layers")
-        if not layout.start_token <= begin < end <= layout.prompt_tokens:
-            raise DataLossError(f"{what}: not in [{layout.start_token}, {layout.prompt_tokens})")
-        shape = (2, layout.num_kv_heads, end - begin, layout.head_dim)
-        size = int(np.prod(shape)) * layout.storage.itemsize
-        if len(chunk.payload) != size:
-            raise DataLossError(f"{what}: {len(chunk.payload)} bytes, expected {size}")
-        if xxhash.xxh3_64_intdigest(chunk.payload) != chunk.checksum:
-            raise DataLossError(f"{what}: checksum does not match")
-        records = self._records[chunk.layer]
-        if any(begin < other_end and other < end for other, (other_end, _) in records.items()):
-            raise DataLossError(f"{what}: overlaps another chunk")
-        k, v = np.frombuffer(chunk.payload, layout.storage).reshape(shape)
-        at = slice(begin - layout.start_token, end - layout.start_token)
-        self.keys[chunk.layer][:, at] = k
-        self.values[chunk.layer][:, at] = v
-        records[begin] = (end, chunk.checksum)
-        self._tokens[chunk.layer] += end - begin
-        self._bytes[chunk.layer] += size
-        return self._tokens[chunk.layer] == layout.tokens
-
-    def verify(self, manifest):
-        """Compares what arrived with the manifest of every layer. Raises DataLossError."""
-        layout = self.layout
-        if [m.layer for m in manifest.layers] != list(range(layout.num_layers)):
-            raise DataLossError(f"manifest of {len(manifest.layers)} layers, expected 0..{layout.num_layers - 1}")
-        for expected in manifest.layers:
-            records = sorted(self._records[expected.layer].items())
-            digest = xxhash.xxh3_64()
-            for begin, (end, checksum) in records:
-                digest.update(struct.pack("<QQQ", begin, end, checksum))
-            have = (self._tokens[expected.layer], len(records), self._bytes[expected.layer], digest.intdigest())
-            want = (expected.tokens, expected.chunks, expected.bytes, expected.checksum)
-            if have != want or have[0] != layout.tokens:
-                raise DataLossError(f"layer {expected.layer}: (tokens, chunks, bytes, checksum) {have}, "
-                                    f"manifest {want}, the prompt needs {layout.tokens} tokens")
-        if manifest.bytes != sum(self._bytes):
-            raise DataLossError(f"{sum(self._bytes)} bytes arrived, the manifest says {manifest.bytes}")
