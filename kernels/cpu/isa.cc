@@ -87,6 +87,11 @@ CpuIsa DetectCpuIsa() {
   return CpuIsa::kAvx2;
 }
 
+bool CpuBf16IsSlow() {
+  return CpuIsaSupported(CpuIsa::kAvx512Bf16) && !__builtin_cpu_supports("amx-bf16") &&
+         !Bf16DotPays();
+}
+
 CpuIsa ActiveCpuIsa() { return static_cast<CpuIsa>(Active().load(std::memory_order_relaxed)); }
 
 bool SetCpuIsa(CpuIsa isa) {

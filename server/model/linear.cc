@@ -4,8 +4,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/InferenceMode.h>
 
-#include <algorithm>
-#include <chrono>
 #include <optional>
 #include <string_view>
 
@@ -47,28 +45,6 @@ at::Tensor Pack(const at::Tensor& weight) {
   return FindOperator<PackFn>("mkldnn::_reorder_linear_weight").call(weight, kTypicalRows);
 }
 
-double SecondsOfProduct(at::ScalarType type) {
-  const at::Tensor x = at::ones({kTypicalRows, 512}, type);
-  const at::Tensor packed = Pack(at::ones({1024, 512}, type));
-  double best = 1;
-  for (int i = 0; i < 6; ++i) {
-    const auto begin = std::chrono::steady_clock::now();
-    RunPacked(x, packed, std::nullopt);
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-    best = std::min(best, seconds.count());
-  }
-  return best;
-}
-
-// Whether bfloat16 layers run faster on weights widened to float32: so on processors that have the
-// bfloat16 instructions but issue them seldom, and no AMX. The products are the same (bfloat16
-// factors are exact in float32, both add in float32). Measured once, with all threads; by a margin,
-// for the weights then take twice their memory.
-bool WideningPays() {
-  static const bool pays = 1.25 * SecondsOfProduct(at::kFloat) < SecondsOfProduct(at::kBFloat16);
-  return pays;
-}
-
 class TorchLinearLayer final : public LinearLayer {
  public:
   TorchLinearLayer(LinearWeights weights, kernels::DeviceKind device)
@@ -90,7 +66,9 @@ class TorchLinearLayer final : public LinearLayer {
         !kernels::CpuIsaSupported(kernels::CpuIsa::kAvx512)) {
       return;
     }
-    widened_ = weights_.dtype == kernels::DType::kBF16 && WideningPays();
+    // The products are the same (bfloat16 factors are exact in float32, both add in float32); the
+    // weights take twice their memory.
+    widened_ = weights_.dtype == kernels::DType::kBF16 && kernels::CpuBf16IsSlow();
     if (widened_) {
       weight_ = weight_.to(at::kFloat);
       if (bias_.has_value()) bias_ = bias_->to(at::kFloat);
