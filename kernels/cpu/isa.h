@@ -10,8 +10,8 @@ enum class CpuIsa : int { kAvx2 = 0, kAvx512 = 1, kAvx512Bf16 = 2 };
 /// AVX2 and FMA; without them this returns kAvx2 and CpuIsaSupported(kAvx2) is false.
 CpuIsa DetectCpuIsa();
 bool CpuIsaSupported(CpuIsa isa);
-/// Whether a library that multiplies bfloat16 with this processor's own instructions would be faster
-/// on values widened to float32: it has the dot product, which does not pay, and no AMX.
+/// Whether a library that multiplies bfloat16 with this processor's own instructions would be
+/// faster on values widened to float32: it has the dot product, which does not pay, and no AMX.
 bool CpuBf16IsSlow();
 /// The instruction set in use: the detected one, or a lower one set by SetCpuIsa (--cpu_isa).
 CpuIsa ActiveCpuIsa();
