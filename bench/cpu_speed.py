@@ -132,6 +132,7 @@ def main():
             turn += ["--methods", "dense,vsprefill", "--chunks", arguments.chunk, "--json", bench_json]
             run(turn, "prefill_bench")
             bench = json.loads(bench_json.read_text())
+            bench["model"] = Path(arguments.model).name
             rows.append(dict(tokens=length, transformers=seconds, bench=bench))
             print_row(rows[-1])
         if arguments.json:

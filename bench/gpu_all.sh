@@ -2,16 +2,17 @@
 # Everything that needs a GPU, in one call: the CUDA tests, compute-sanitizer on a reduced set of
 # them, and the kernel benchmark. Prints a short table last; logs go to $OUT (default gpu_out).
 #
-#   bench/gpu_all.sh [DIR]     DIR: bin/ and lib/ from bench/pack_gpu.sh, or a build folder
+#   bench/gpu_all.sh [DIR [MODEL IDS]]     DIR: bin/ and lib/ from bench/pack_gpu.sh, or a build folder;
+#                                          MODEL, IDS: a model with indexer and a prompt, for bench/gpu_service.sh
 #
 # Libraries of torch and CUDA are those of the python3 (or $PYTHON) that can import torch.
-# STEPS="tests base memcheck racecheck synccheck bench torch" picks steps. Exit code 0: all that ran passed.
+# STEPS="tests base memcheck racecheck synccheck bench torch service" picks steps. Exit code 0: all that ran passed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 dir=${1:-.carry}
 out=${OUT:-gpu_out}
 python=${PYTHON:-python3}
-steps=${STEPS:-tests base memcheck racecheck synccheck bench torch}
+steps=${STEPS:-tests base memcheck racecheck synccheck bench torch service}
 mkdir -p "$out"
 
 torch=$("$python" -c 'import torch; print(torch.__path__[0])') || {
@@ -74,7 +75,8 @@ step racecheck "${tests:+$sanitizer}" "$sanitizer" --tool racecheck --error-exit
 step synccheck "${tests:+$sanitizer}" "$sanitizer" --tool synccheck --error-exitcode 9 "$tests" "${small[@]}"
 step bench "$bench" "$bench" --json "$out/kernel_bench.json"
 step torch "$python" "$python" bench/torch_reference.py --json "$out/torch_reference.json"
-for log in bench torch; do
+step service "$(find_program_in vsprefill-server)" env OUT="$out" bench/gpu_service.sh "$dir" "${@:2}"
+for log in bench torch service; do
   if [[ " $steps " == *" $log "* && -f $out/$log.log ]]; then cat "$out/$log.log"; fi
 done
 

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.." || exit 1
 dir=$1 model=${2:-} ids=${3:-}
 out=${OUT:-gpu_out}
 python=${PYTHON:-python3}
-parts=${PARTS:-smoke check smollm2 llama8b whole8b}
+parts=${PARTS:-smoke ${model:+check smollm2 }llama8b whole8b}
 random_model=${RANDOM_MODEL:-/tmp/llama-3.1-8b-random}
 mkdir -p "$out"
 if [ -z "$model" ] && [[ " $parts " == *" check "* || " $parts " == *" smollm2 "* ]]; then

@@ -2,14 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <utility>
 
 #include "absl/strings/str_format.h"
-#include "absl/strings/string_view.h"
-#include "server/attention/attention_method.h"
+#include "server/attention/methods.h"
 #include "server/base/kernel_status.h"
 #include "server/base/status_macros.h"
 #include "training/coverage.h"
@@ -98,31 +96,15 @@ absl::StatusOr<Text> Prepare(Teacher& teacher, const model::VsIndexer& indexer,
   return text;
 }
 
-double DefaultOf(absl::string_view parameter) {
-  for (const attention::MethodSpec& method : attention::MethodSpecs()) {
-    for (const attention::ParameterSpec& spec : method.parameters) {
-      if (method.name == "vsprefill" && spec.name == parameter) return spec.default_value;
-    }
-  }
-  std::abort();  // a parameter of this program's own
-}
-
-/// What the served default always reads.
-kernels::SelectionParams BaseParams() {
-  kernels::SelectionParams params;
-  params.sink_tokens = static_cast<int32_t>(DefaultOf("sink_tokens"));
-  params.local_tokens = static_cast<int32_t>(DefaultOf("local_tokens"));
-  return params;
-}
-
 /// A threshold rule; the knob is the threshold, times `scale` [layers, groups] where it is defined.
+/// What is forced is what the served default forces.
 MaskFn VerticalSlash(IndexMasker* masker, kernels::SelectionRule rule, const torch::Tensor& logits,
                      const torch::Tensor& scale = {}) {
   return [masker, rule, logits, scale](int layer, const torch::Tensor& knobs) {
     torch::Tensor scaled = knobs[layer].to(torch::kCPU, torch::kFloat32);
     if (scale.defined()) scaled = scaled * scale[layer];
     scaled = scaled.contiguous();
-    kernels::SelectionParams params = BaseParams();
+    kernels::SelectionParams params = attention::DefaultSelection(logits.size(3));
     params.rule = rule;
     params.threshold = 1.0f;
     return masker->Mask(
@@ -134,7 +116,7 @@ MaskFn VerticalSlash(IndexMasker* masker, kernels::SelectionRule rule, const tor
 /// The paper's rule: verticals and slashes up to a share tau = 1 - knob of their predicted mass.
 MaskFn Cumulative(IndexMasker* masker, const torch::Tensor& logits) {
   return [masker, logits](int layer, const torch::Tensor& knobs) {
-    kernels::SelectionParams params = BaseParams();
+    kernels::SelectionParams params = attention::DefaultSelection(logits.size(3));
     params.rule = kernels::SelectionRule::kCumulative;
     params.tau_vertical = params.tau_slash = 1 - knobs[layer][0].item<float>();
     return masker->Mask(logits[0][layer], logits[1][layer], params,
@@ -148,12 +130,8 @@ MaskFn ServedDefault(IndexMasker* masker, const Text& text, const torch::Tensor&
                      int64_t chunk) {
   return [masker, &text, scale, chunk](int layer,
                                        const torch::Tensor&) -> absl::StatusOr<torch::Tensor> {
-    kernels::SelectionParams params = BaseParams();
-    params.rule = static_cast<kernels::SelectionRule>(DefaultOf("rule"));
-    params.threshold = static_cast<float>(DefaultOf("threshold"));
     const int64_t tokens = text.tiles.tokens;
-    const double full = DefaultOf("full_threshold_tokens");
-    if (tokens < full) params.threshold *= static_cast<float>(std::sqrt(tokens / full));
+    const kernels::SelectionParams params = attention::DefaultSelection(tokens);
     std::vector<float> scales(text.indexer.size(2), 1.0f);
     if (scale.defined()) {
       const torch::Tensor row = scale[layer].contiguous();
@@ -161,8 +139,9 @@ MaskFn ServedDefault(IndexMasker* masker, const Text& text, const torch::Tensor&
     }
     const torch::Tensor begins = torch::tensor(text.tiles.begins, text.tiles.last.options());
     torch::Tensor mask;
-    for (int64_t begin = 0; begin<tokens; begin += chunk> 0 ? chunk : tokens) {
-      const int64_t end = chunk > 0 ? std::min(tokens, begin + chunk) : tokens;
+    const int64_t step = chunk > 0 ? chunk : tokens;
+    for (int64_t begin = 0; begin < tokens; begin += step) {
+      const int64_t end = std::min(tokens, begin + step);
       VSP_ASSIGN_OR_RETURN(
           const torch::Tensor part,
           masker->Mask(text.indexer[0][layer], text.indexer[1][layer], params, scales, end));
@@ -303,12 +282,10 @@ absl::StatusOr<LengthReport> Evaluate(Teacher& teacher, const model::IndexerWeig
         {"mean-pooled blocks of 128", MeanPooled(&text, text.pooled128, 128), -40, 0.5},
     };
     if (scale.defined()) {
-      methods.insert(methods.begin() + 1,
-                     {"vsprefill, gain per cost, the indexer's scale",
-                      VerticalSlash(&masker, kGain, text.indexer, scale), -12, 16});
-      methods.insert(methods.begin() + 3,
-                     {"vsprefill, mass per cost, the indexer's scale",
-                      VerticalSlash(&masker, kMass, text.indexer, scale), -8, 16});
+      methods.push_back({"vsprefill, gain per cost, the indexer's scale",
+                         VerticalSlash(&masker, kGain, text.indexer, scale), -12, 16});
+      methods.push_back({"vsprefill, mass per cost, the indexer's scale",
+                         VerticalSlash(&masker, kMass, text.indexer, scale), -8, 16});
     }
     const auto add = [&](const std::string& name, double wanted, const Outcome& outcome,
                          size_t slot) {

@@ -44,13 +44,13 @@ if [ $compare = 1 ] && [ -n "$method" ]; then echo "demo: --compare runs both me
 case $device in auto | cpu | cuda) ;; *) echo "demo: --device $device not in auto, cpu, cuda" >&2; exit 2 ;; esac
 if [ -n "$prompt" ] && [ ! -r "$prompt" ]; then echo "demo: cannot read $prompt" >&2; exit 2; fi
 
-pids=()
+# shellcheck source=deploy/local/processes.sh
+source deploy/local/processes.sh
 work=$(mktemp -d)
 clean() {
-  local rc=$? pid
+  local rc=$?
   trap - EXIT INT TERM
-  for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
-  for pid in "${pids[@]}"; do wait "$pid" 2>/dev/null || true; done
+  end_processes
   rm -rf "$work"
   if [ $rc != 0 ]; then echo "demo: failed with status $rc" >&2; fi
   exit $rc

@@ -32,13 +32,13 @@ if [ $setup = 1 ]; then
 fi
 command -v curl >/dev/null || { echo "vllm_demo: curl is missing (apt-get install curl)" >&2; exit 1; }
 
-pids=()
+# shellcheck source=deploy/local/processes.sh
+source deploy/local/processes.sh
 work=$(mktemp -d)
 clean() {
-  local rc=$? pid
+  local rc=$?
   trap - EXIT INT TERM
-  for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
-  for pid in "${pids[@]}"; do wait "$pid" 2>/dev/null || true; done
+  end_processes
   if [ $rc != 0 ]; then
     echo "vllm_demo: failed with status $rc; last words of the servers:" >&2
     tail -n 5 "$work"/*.log >&2 || true

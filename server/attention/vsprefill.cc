@@ -20,6 +20,29 @@ using kernels::SparseIndexView;
 
 constexpr double kMaxTokens = kernels::kMaxSelectionTokens;
 
+/// The kernel's parameters for a prompt of this length, from complete and checked ones. Short
+/// prompts spend more of their (small) attention: at one threshold they lose more.
+SelectionParams MakeSelection(const std::map<std::string, double>& parameters,
+                              int64_t prompt_tokens) {
+  auto get = [&](const char* name) { return static_cast<float>(parameters.at(name)); };
+  auto get_int = [&](const char* name) { return static_cast<int>(parameters.at(name)); };
+  SelectionParams selection;
+  selection.rule = static_cast<SelectionRule>(get_int("rule"));
+  selection.threshold = get("threshold");
+  const double full = parameters.at("full_threshold_tokens");
+  const double tokens = static_cast<double>(prompt_tokens);
+  if (tokens < full) selection.threshold *= static_cast<float>(std::sqrt(tokens / full));
+  selection.tau_vertical = get("tau_vertical");
+  selection.tau_slash = get("tau_slash");
+  selection.sink_tokens = get_int("sink_tokens");
+  selection.local_tokens = get_int("local_tokens");
+  selection.last_dense_tokens = get_int("last_dense_tokens");
+  selection.min_vertical_ratio = get("min_vertical_ratio");
+  selection.min_slash_ratio = get("min_slash_ratio");
+  selection.max_density = get("max_density");
+  return selection;
+}
+
 /// Device memory of one sequence's index; grows, never shrinks.
 class IndexBuffers {
  public:
@@ -52,21 +75,8 @@ class VsPrefill : public AttentionMethod {
  public:
   VsPrefill(const MethodContext& context, std::map<std::string, double> parameters)
       : context_(context), parameters_(std::move(parameters)) {
-    auto get = [this](const char* name) { return static_cast<float>(parameters_.at(name)); };
-    auto get_int = [this](const char* name) { return static_cast<int>(parameters_.at(name)); };
-    selection_.rule = static_cast<SelectionRule>(get_int("rule"));  // the range is checked
-    selection_.threshold = get("threshold");
-    selection_.tau_vertical = get("tau_vertical");
-    selection_.tau_slash = get("tau_slash");
-    selection_.sink_tokens = get_int("sink_tokens");
-    selection_.local_tokens = get_int("local_tokens");
-    selection_.last_dense_tokens = get_int("last_dense_tokens");
-    selection_.min_vertical_ratio = get("min_vertical_ratio");
-    selection_.min_slash_ratio = get("min_slash_ratio");
-    selection_.max_density = get("max_density");
-    dense_layers_ = get_int("dense_layers");
-    dense_below_ = get_int("dense_below");
-    full_threshold_tokens_ = parameters_.at("full_threshold_tokens");
+    dense_layers_ = static_cast<int>(parameters_.at("dense_layers"));
+    dense_below_ = static_cast<int>(parameters_.at("dense_below"));
   }
 
   absl::string_view name() const override { return "vsprefill"; }
@@ -100,13 +110,6 @@ class VsPrefill : public AttentionMethod {
       VSP_ASSIGN_OR_RETURN(counts_, Buffer::Create(*context_.allocator, 2 * rows * num_groups * 4));
     }
     return absl::OkStatus();
-  }
-
-  /// Short prompts spend more of their (small) attention: at one threshold they lose more.
-  float LengthFactor(int64_t prompt_tokens) const {
-    const double tokens = static_cast<double>(prompt_tokens);
-    if (tokens >= full_threshold_tokens_) return 1.0f;
-    return static_cast<float>(std::sqrt(tokens / full_threshold_tokens_));
   }
 
   absl::Status Select(const AttentionCall& call, size_t i) {
@@ -143,8 +146,7 @@ class VsPrefill : public AttentionMethod {
                                                               num_groups, sequence.prompt_tokens)));
     }
 
-    SelectionParams selection = selection_;
-    selection.threshold *= LengthFactor(sequence.prompt_tokens);
+    const SelectionParams selection = MakeSelection(parameters_, sequence.prompt_tokens);
     const auto start = std::chrono::steady_clock::now();
     VSP_RETURN_IF_ERROR(FromKernelStatus(
         context_.kernels->select(input, selection, workspace_.data(), &view, call.stream),
@@ -166,10 +168,8 @@ class VsPrefill : public AttentionMethod {
 
   const MethodContext& context_;
   const std::map<std::string, double> parameters_;
-  SelectionParams selection_;
   int dense_layers_ = 0;
   int64_t dense_below_ = 0;
-  double full_threshold_tokens_ = 0;
   std::vector<IndexBuffers> buffers_;   // per sequence of a batch
   std::vector<SparseIndexView> views_;  // likewise; valid during one call
   Buffer counts_, workspace_;
@@ -208,6 +208,14 @@ MethodSpec VsPrefillSpec() {
     return std::make_unique<VsPrefill>(context, parameters);
   };
   return spec;
+}
+
+kernels::SelectionParams DefaultSelection(int64_t prompt_tokens) {
+  std::map<std::string, double> parameters;
+  for (const ParameterSpec& spec : VsPrefillSpec().parameters) {
+    parameters[spec.name] = spec.default_value;
+  }
+  return MakeSelection(parameters, prompt_tokens);
 }
 
 }  // namespace vsprefill::attention

@@ -56,6 +56,10 @@ TEST(ParallelForTest, ConcurrentCallersDoNotMix) {
 TEST(CpuIsaTest, OnlySupportedSetsCanBeForced) {
   const CpuIsa best = DetectCpuIsa();
   EXPECT_TRUE(CpuIsaSupported(best));
+  if (CpuBf16IsSlow()) {
+    EXPECT_TRUE(CpuIsaSupported(CpuIsa::kAvx512Bf16));
+    EXPECT_EQ(best, CpuIsa::kAvx512);
+  }
   for (const CpuIsa isa : {CpuIsa::kAvx2, CpuIsa::kAvx512, CpuIsa::kAvx512Bf16}) {
     const CpuIsa before = ActiveCpuIsa();
     EXPECT_EQ(SetCpuIsa(isa), CpuIsaSupported(isa));

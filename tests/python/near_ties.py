@@ -10,8 +10,8 @@ def first_difference(a, b):
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def check(name, ours, reference, gap_at, near_tie=NEAR_TIE):
-    """Equal tokens, or a first difference where the reference's two best logits are within `near_tie`.
+def check(name, ours, reference, gap_at):
+    """Equal tokens, or a first difference where the reference's two best logits are within NEAR_TIE.
 
     gap_at(i): that distance at token i of the reference. Returns a line for people.
     """
@@ -20,5 +20,5 @@ def check(name, ours, reference, gap_at, near_tie=NEAR_TIE):
         return f"{name}: all {len(reference)} tokens equal"
     gap = gap_at(at)
     line = f"{name}: differs at token {at} of {len(reference)}, where the two best are {gap:.4f} apart"
-    assert gap <= near_tie, line
+    assert gap <= NEAR_TIE, line
     return line

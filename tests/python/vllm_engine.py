@@ -45,7 +45,7 @@ class Engine:
         require()
         self.port = free_port()
         # Its processes spin while requests wait for KV: on two cores the prefill server must come first.
-        command = ["nice", "-n", "3", str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL),
+        command = ["nice", "-n", "5", str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL),
                    "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port), "--dtype", dtype,
                    "--max-model-len", str(max_model_len), "--enforce-eager", "--enable-prompt-tokens-details",
                    *arguments]

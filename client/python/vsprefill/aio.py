@@ -11,7 +11,6 @@ Checking and copying a chunk (at most 4 MiB, about a millisecond) runs on the ev
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -22,37 +21,17 @@ import grpc.aio
 from . import errors
 from .channels import Connection, TlsOptions
 from .kv_cache import KvCache, PrefillResult
-from .requests import PushAnswer, PushResult, load_tokenizer, make_request
-from .retry import RetryPolicy
-from .session import Layer, MakeDestination, PrefillSession
+from .requests import PushAnswer, PushResult
+from .retry import RetryPolicy, Tries
+from .session import Layer, MakeDestination
+from .state import ClientState, Metadata, StreamState
 from .v1 import prefill_pb2
 
 T = TypeVar("T")
-Metadata = Sequence[tuple[str, str]]
 
 
-class AsyncPrefillStream:
+class AsyncPrefillStream(StreamState):
     """As client.PrefillStream, with `async for`. Cancelling the task that iterates cancels the request."""
-
-    def __init__(self, connections: list[Connection], request: prefill_pb2.PrefillRequest, timeout: float | None,
-                 metadata: Metadata, make_destination: MakeDestination | None = None) -> None:
-        self._request = request
-        self._connections = connections
-        self._metadata = metadata
-        self._deadline = None if timeout is None else time.monotonic() + timeout
-        self._session = PrefillSession(request, make_destination)
-        self._calls = [connections[0].prefill(request, timeout=timeout, metadata=metadata)]
-        self.result: PrefillResult | None = None
-
-    @property
-    def cache(self) -> KvCache | None:
-        """The verified cache, None before the iteration has ended well."""
-        return self.result if isinstance(self.result, KvCache) else None
-
-    @property
-    def first_token(self) -> int | None:
-        """The first generated token once it has arrived, else None."""
-        return self._session.first_token
 
     def cancel(self) -> None:
         """Ends the request on the server; the iterator raises RequestCancelledError."""
@@ -117,12 +96,7 @@ class AsyncPrefillStream:
             self._session.feed(0, first)
             tasks.append(asyncio.create_task(read(0, messages)))
             for stripe in range(1, len(self._connections)):
-                left = None if self._deadline is None else max(self._deadline - time.monotonic(), 0.001)
-                request = prefill_pb2.AttachRequest(request_id=self._request.request_id,
-                                                    attempt=self._request.attempt, stripe=stripe)
-                call = self._connections[stripe].attach(request, timeout=left, metadata=self._metadata)
-                self._calls.append(call)
-                tasks.append(asyncio.create_task(read(stripe, aiter(call))))
+                tasks.append(asyncio.create_task(read(stripe, aiter(self._attach(stripe)))))
             running = len(tasks)
             while running:
                 item = await done.get()
@@ -146,20 +120,14 @@ class AsyncPrefillStream:
         return error
 
 
-class AsyncPrefillClient:
+class AsyncPrefillClient(ClientState):
     """Arguments and methods as client.PrefillClient; use it on one event loop."""
 
     def __init__(self, target: str, *, tokenizer: Any = None, tls: TlsOptions | None = None,
                  credentials: grpc.ChannelCredentials | None = None, metadata: Metadata = (), stripes: int = 1,
                  retry: RetryPolicy = RetryPolicy()) -> None:
-        if stripes < 1:
-            raise ValueError(f"stripes {stripes} not >= 1")
-        self._connect: Callable[[], Connection] = lambda: Connection(target, tls, credentials, asyncio=True)
-        self._tokenizer = load_tokenizer(tokenizer)
-        self._metadata = tuple(metadata)
-        self._stripes = stripes
-        self._retry = retry
-        self._open: list[Connection] = []
+        super().__init__(lambda: Connection(target, tls, credentials, asyncio=True), tokenizer, metadata, stripes,
+                         retry)
 
     async def __aenter__(self) -> AsyncPrefillClient:
         return self
@@ -217,9 +185,6 @@ class AsyncPrefillClient:
     async def load(self, timeout: float = 10.0) -> prefill_pb2.Load:
         return await self._unary("get_load", prefill_pb2.GetLoadRequest(), timeout)
 
-    def _request(self, token_ids: Iterable[int] | None, arguments: dict[str, Any]) -> prefill_pb2.PrefillRequest:
-        return make_request(self._tokenizer, token_ids, **{"stripes": self._stripes, **arguments})
-
     def _stream(self, request: prefill_pb2.PrefillRequest, timeout: float | None,
                 make_destination: MakeDestination | None) -> AsyncPrefillStream:
         return AsyncPrefillStream(self._connections(request.stripes), request, timeout, self._metadata,
@@ -240,16 +205,12 @@ class AsyncPrefillClient:
 
     async def _with_retries(self, request: prefill_pb2.PrefillRequest, timeout: float | None,
                             once: Callable[[float | None], Awaitable[T]]) -> T:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        tries = 0
+        tries = Tries(self._retry, timeout)
         while True:
-            left = None if deadline is None else max(deadline - time.monotonic(), 0.001)
             try:
-                return await once(left)
+                return await once(tries.timeout())
             except errors.VsprefillError as error:
-                tries += 1
-                left = None if deadline is None else deadline - time.monotonic()
-                pause = self._retry.pause(tries, error, left)
+                pause = tries.pause(error)
                 if pause is None:
                     raise
                 await asyncio.sleep(pause)
@@ -260,8 +221,3 @@ class AsyncPrefillClient:
             return await getattr(self._connections(1)[0], method)(request, timeout=timeout, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise errors.from_rpc_error(error) from None
-
-    def _connections(self, count: int) -> list[Connection]:
-        while len(self._open) < count:
-            self._open.append(self._connect())
-        return self._open[:count]

@@ -22,16 +22,16 @@ import grpc
 from . import errors
 from .channels import Connection, TlsOptions
 from .kv_cache import KvCache, PrefillResult
-from .requests import PushAnswer, PushResult, load_tokenizer, make_request
-from .retry import RetryPolicy
-from .session import Layer, MakeDestination, PrefillSession
+from .requests import PushAnswer, PushResult
+from .retry import RetryPolicy, Tries
+from .session import Layer, MakeDestination
+from .state import ClientState, Metadata, StreamState
 from .v1 import prefill_pb2
 
 T = TypeVar("T")
-Metadata = Sequence[tuple[str, str]]
 
 
-class PrefillStream:
+class PrefillStream(StreamState):
     """Iterates over the layers of one request in the order in which they complete.
 
     Each layer's chunks were checked when it is yielded; the cache as a whole is verified when the
@@ -40,25 +40,9 @@ class PrefillStream:
 
     def __init__(self, connections: list[Connection], request: prefill_pb2.PrefillRequest, timeout: float | None,
                  metadata: Metadata, make_destination: MakeDestination | None = None) -> None:
-        self._request = request
-        self._connections = connections
-        self._metadata = metadata
-        self._deadline = None if timeout is None else time.monotonic() + timeout
-        self._session = PrefillSession(request, make_destination)
+        super().__init__(connections, request, timeout, metadata, make_destination)
         self._lock = threading.Lock()
         self._cancelled = False
-        self._calls = [connections[0].prefill(request, timeout=timeout, metadata=metadata)]
-        self.result: PrefillResult | None = None
-
-    @property
-    def cache(self) -> KvCache | None:
-        """The verified cache, None before the iteration has ended well."""
-        return self.result if isinstance(self.result, KvCache) else None
-
-    @property
-    def first_token(self) -> int | None:
-        """The first generated token once it has arrived, else None."""
-        return self._session.first_token
 
     def cancel(self) -> None:
         """Ends the request on the server; the iterator raises RequestCancelledError. From any thread."""
@@ -136,15 +120,10 @@ class PrefillStream:
                 thread.join()
 
     def _attach(self, stripe: int) -> Any:
-        left = None if self._deadline is None else max(self._deadline - time.monotonic(), 0.001)
-        request = prefill_pb2.AttachRequest(request_id=self._request.request_id, attempt=self._request.attempt,
-                                            stripe=stripe)
         with self._lock:
             if self._cancelled:
                 raise errors.RequestCancelledError("cancelled by this client", grpc.StatusCode.CANCELLED)
-            call = self._connections[stripe].attach(request, timeout=left, metadata=self._metadata)
-            self._calls.append(call)
-            return call
+            return super()._attach(stripe)
 
     def _cause(self, error: BaseException) -> BaseException:
         """NOT_FOUND of a stripe that attached too late says less than the status that ended the request."""
@@ -154,7 +133,7 @@ class PrefillStream:
         return error
 
 
-class PrefillClient:
+class PrefillClient(ClientState):
     """Calls one server.
 
     target: HOST:PORT. tokenizer: a model directory, or an object with encode(text); allows text instead of ids.
@@ -167,15 +146,9 @@ class PrefillClient:
     def __init__(self, target: str, *, tokenizer: Any = None, tls: TlsOptions | None = None,
                  credentials: grpc.ChannelCredentials | None = None, metadata: Metadata = (), stripes: int = 1,
                  retry: RetryPolicy = RetryPolicy()) -> None:
-        if stripes < 1:
-            raise ValueError(f"stripes {stripes} not >= 1")
-        self._connect: Callable[[], Connection] = lambda: Connection(target, tls, credentials, asyncio=False)
-        self._tokenizer = load_tokenizer(tokenizer)
-        self._metadata = tuple(metadata)
-        self._stripes = stripes
-        self._retry = retry
+        super().__init__(lambda: Connection(target, tls, credentials, asyncio=False), tokenizer, metadata, stripes,
+                         retry)
         self._lock = threading.Lock()
-        self._open: list[Connection] = []
 
     def __enter__(self) -> PrefillClient:
         return self
@@ -247,9 +220,6 @@ class PrefillClient:
         """What the server has to do, and the memory it uses for it."""
         return self._unary("get_load", prefill_pb2.GetLoadRequest(), timeout)
 
-    def _request(self, token_ids: Iterable[int] | None, arguments: dict[str, Any]) -> prefill_pb2.PrefillRequest:
-        return make_request(self._tokenizer, token_ids, **{"stripes": self._stripes, **arguments})
-
     def _stream(self, request: prefill_pb2.PrefillRequest, timeout: float | None,
                 make_destination: MakeDestination | None) -> PrefillStream:
         return PrefillStream(self._connections(request.stripes), request, timeout, self._metadata, make_destination)
@@ -269,16 +239,12 @@ class PrefillClient:
 
     def _with_retries(self, request: prefill_pb2.PrefillRequest, timeout: float | None,
                       once: Callable[[float | None], T]) -> T:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        tries = 0
+        tries = Tries(self._retry, timeout)
         while True:
-            left = None if deadline is None else max(deadline - time.monotonic(), 0.001)
             try:
-                return once(left)
+                return once(tries.timeout())
             except errors.VsprefillError as error:
-                tries += 1
-                left = None if deadline is None else deadline - time.monotonic()
-                pause = self._retry.pause(tries, error, left)
+                pause = tries.pause(error)
                 if pause is None:
                     raise
                 time.sleep(pause)
@@ -292,6 +258,4 @@ class PrefillClient:
 
     def _connections(self, count: int) -> list[Connection]:
         with self._lock:
-            while len(self._open) < count:
-                self._open.append(self._connect())
-            return self._open[:count]
+            return super()._connections(count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import dataclass
 
 from .errors import OverloadedError, VsprefillError
@@ -47,6 +48,25 @@ class RetryPolicy:
         if seconds_left is not None and pause >= seconds_left:
             return None  # the deadline would pass while waiting: the real cause says more than DEADLINE_EXCEEDED
         return pause
+
+
+class Tries:
+    """The tries of one call and what is left of its `timeout` (seconds for all of them, None: no limit)."""
+
+    def __init__(self, policy: RetryPolicy, timeout: float | None) -> None:
+        self._policy = policy
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._failed = 0
+
+    def timeout(self) -> float | None:
+        """Seconds for the next try; never 0, which gRPC would take for none at all."""
+        return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.001)
+
+    def pause(self, error: VsprefillError) -> float | None:
+        """As RetryPolicy.pause, for a try that just failed."""
+        self._failed += 1
+        left = None if self._deadline is None else self._deadline - time.monotonic()
+        return self._policy.pause(self._failed, error, left)
 
 
 NO_RETRY = RetryPolicy(max_attempts=1)
