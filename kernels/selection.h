@@ -20,14 +20,6 @@
 // average column gives to the local band (Lw = 64 LB - M / 2 offsets wide on average), which reads
 // it already.
 //
-// kGainPerCost counts a covered pair once. With all candidates of score >= s kept, C_v(s) and
-// C_s(s) are the shares of p_v and of mass_b that are then read (forced part included); if columns
-// and diagonals were independent, U(s) = (1 - C_v(s)) (1 - C_s(s)) of the mass would still be
-// unread, and a candidate's mass would gain only that share. So it keeps a candidate of score s iff
-// s * U(s) >= threshold * threshold_scale: the threshold set that kMassPerCost cuts at
-// threshold / U, where U is the one that results. Groups with spread attention keep more, those
-// that a few columns cover keep less.
-//
 // kCumulative (the paper's rule) keeps the smallest sets whose mass, forced part included, reaches
 // tau_vertical of p_v and tau_slash of mass_b; a tau >= 1 keeps all. Diagonals are ranked as
 // blocks.
@@ -49,12 +41,11 @@
 
 namespace vsprefill::kernels {
 
-enum class SelectionRule : uint8_t { kMassPerCost = 0, kCumulative = 1, kGainPerCost = 2 };
+enum class SelectionRule : uint8_t { kMassPerCost = 0, kCumulative = 1 };
 
 struct SelectionParams {
   SelectionRule rule = SelectionRule::kMassPerCost;
-  /// kMassPerCost, kGainPerCost: in units of the mean mass per pair, 1/n; more is sparser, 0 keeps
-  /// everything.
+  /// kMassPerCost: in units of the mean mass per pair, 1/n; more is sparser, 0 keeps everything.
   float threshold = 3.0f;
   float tau_vertical = 0.9f, tau_slash = 0.9f;  // kCumulative, in [0, 1]
   int32_t sink_tokens = 64;                     // first columns, always read

@@ -142,25 +142,6 @@ constexpr uint32_t ThresholdCut(float threshold, float scale) {
   return cut > 0.0f ? Key(cut) : 0;
 }
 
-/// Predicted mass of what is kept and of everything, per kind, in the weights' own units.
-struct Kept {
-  uint64_t columns, blocks;
-};
-
-/// kGainPerCost: whether a candidate with this key is not worth its pairs when all of this key and
-/// above are kept (`kept`, forced part included; `all` > 0 of both kinds). Monotone: true for all
-/// keys below one for which it is true.
-constexpr bool BelowGain(uint32_t key, const Kept& kept, const Kept& all, float threshold,
-                         float scale) {
-  const double unread_columns =
-      static_cast<double>(all.columns - kept.columns) / static_cast<double>(all.columns);
-  const double unread_blocks =
-      static_cast<double>(all.blocks - kept.blocks) / static_cast<double>(all.blocks);
-  const float least = threshold * scale;
-  return static_cast<double>(__builtin_bit_cast(float, key)) * (unread_columns * unread_blocks) <
-         static_cast<double>(least);
-}
-
 /// Weight that the candidates of one kind must reach (kCumulative): 0 if the forced part does.
 constexpr uint64_t CumulativeTarget(float tau, uint64_t total, uint64_t forced) {
   uint64_t target = static_cast<uint64_t>(static_cast<double>(tau) * static_cast<double>(total));

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <fstream>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,7 @@
 #include "training/corpus.h"
 #include "training/evaluate.h"
 #include "training/teacher.h"
+#include "training/threshold_scale.h"
 #include "training/trainer.h"
 
 ABSL_FLAG(std::string, model, "", "Hugging Face model directory: the frozen backbone");
@@ -51,6 +53,17 @@ ABSL_FLAG(std::string, checkpoint, "", "file that holds the state of the trainin
 ABSL_FLAG(int64_t, checkpoint_every, 50, "steps between two checkpoints");
 ABSL_FLAG(bool, resume, false, "go on from --checkpoint where it exists");
 ABSL_FLAG(int64_t, slab_mib, 0, "memory for hidden activations; 0: 256 on the CPU, 4096 on CUDA");
+ABSL_FLAG(int, scale_texts, 24,
+          "texts of --corpus that threshold_scale is fitted on after the training; 0: none is "
+          "written");
+ABSL_FLAG(int64_t, scale_length, 8192, "tokens of those texts");
+ABSL_FLAG(double, scale_density, 0.125,
+          "density that the default threshold is to give, the dense last rows left out");
+ABSL_FLAG(std::string, output_scale, "",
+          "JSON array [layers][groups]: scale fitted to the error of the output "
+          "(bench/eval/selection_study.py allocate) that multiplies the fitted one; empty: none");
+ABSL_FLAG(double, output_scale_cap, 1.4, "larger values of --output_scale count as this");
+ABSL_FLAG(bool, scale_only, false, "no training: fit the scale of --indexer again, write --out");
 ABSL_FLAG(bool, evaluate, false,
           "measure the attention mass covered on --heldout (after training, or of --indexer)");
 ABSL_FLAG(std::string, indexer, "", "indexer to evaluate; empty: --out");
@@ -77,6 +90,10 @@ Train (a few minutes on a data-centre GPU, hours on two cores):
       --heldout corpus_heldout.safetensors --out indexer.safetensors --checkpoint distill.ckpt
 
 Go on after an interruption: the same command with --resume.
+
+Fit only the scale of its thresholds again:
+  vsprefill-distill --model DIR --scale_only --indexer indexer.safetensors --corpus corpus_train.safetensors
+      --output_scale scale.json --out indexer.safetensors
 
 Measure an indexer against other selections at equal density:
   vsprefill-distill --model DIR --evaluate --indexer indexer.safetensors --heldout corpus_heldout.safetensors
@@ -141,6 +158,28 @@ absl::Status CheckFlags() {
   if (train && absl::GetFlag(FLAGS_out).empty()) {
     return absl::InvalidArgumentError("--out is needed to train");
   }
+  if (absl::GetFlag(FLAGS_scale_only) &&
+      (!train || absl::GetFlag(FLAGS_indexer).empty() || absl::GetFlag(FLAGS_scale_texts) == 0)) {
+    return absl::InvalidArgumentError("--scale_only needs --indexer, --corpus and --scale_texts");
+  }
+  if (const double density = absl::GetFlag(FLAGS_scale_density);
+      !(density >= 0.001 && density < 1)) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("--scale_density is %g, not in [0.001, 1)", density));
+  }
+  if (const double cap = absl::GetFlag(FLAGS_output_scale_cap); !(cap > 0)) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("--output_scale_cap is %g, not above 0", cap));
+  }
+  if (const int64_t length = absl::GetFlag(FLAGS_scale_length);
+      length < 16 || length > (int64_t{1} << 20)) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("--scale_length is %d, not in [16, %d]", length, int64_t{1} << 20));
+  }
+  if (const int texts = absl::GetFlag(FLAGS_scale_texts); texts < 0 || texts > (1 << 20)) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("--scale_texts is %d, not in [0, %d]", texts, 1 << 20));
+  }
   if (evaluate && absl::GetFlag(FLAGS_heldout).empty()) {
     return absl::InvalidArgumentError("--evaluate needs --heldout");
   }
@@ -164,9 +203,14 @@ absl::Status CheckFlags() {
   return absl::OkStatus();
 }
 
-absl::StatusOr<model::IndexerWeights> Train(Teacher& teacher, const TrainOptions& options) {
-  VSP_ASSIGN_OR_RETURN(const Corpus corpus, Corpus::Load(absl::GetFlag(FLAGS_corpus),
-                                                         teacher.model().config().vocab_size));
+absl::Status Write(const model::IndexerWeights& weights) {
+  VSP_RETURN_IF_ERROR(model::WriteIndexer(absl::GetFlag(FLAGS_out), weights));
+  absl::PrintF("wrote %s for weights_id %s\n", absl::GetFlag(FLAGS_out), weights.weights_id);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<model::IndexerWeights> Train(Teacher& teacher, const Corpus& corpus,
+                                            const TrainOptions& options) {
   absl::FPrintF(stderr, "corpus: %d documents, %d tokens; training %d steps of %d texts on %s\n",
                 corpus.num_documents(), corpus.num_tokens(), options.steps, options.texts_per_step,
                 teacher.model().device_description());
@@ -202,9 +246,36 @@ absl::StatusOr<model::IndexerWeights> Train(Teacher& teacher, const TrainOptions
           absl::StrFormat("%.4f,%.4f", loss.vertical, loss.slash);
     }
   }
-  VSP_RETURN_IF_ERROR(model::WriteIndexer(absl::GetFlag(FLAGS_out), weights));
-  absl::PrintF("wrote %s for weights_id %s\n", absl::GetFlag(FLAGS_out), weights.weights_id);
+  // Before the scale is fitted: a text that is missing there must not cost the training.
+  VSP_RETURN_IF_ERROR(Write(weights));
   return weights;
+}
+
+/// Fits weights.threshold_scale on the corpus; leaves it as it is where --scale_texts is 0.
+absl::Status FitScale(Teacher& teacher, const Corpus& corpus, int64_t max_tiles,
+                      model::IndexerWeights& weights) {
+  const int count = absl::GetFlag(FLAGS_scale_texts);
+  if (count == 0) return absl::OkStatus();
+  const int64_t length = absl::GetFlag(FLAGS_scale_length);
+  const auto texts = EvaluationTexts(corpus, length, count);
+  if (texts.empty()) {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "%s has no text of %d tokens to fit threshold_scale on: give a shorter --scale_length, or "
+        "--scale_texts 0 for none",
+        absl::GetFlag(FLAGS_corpus), length));
+  }
+  ScaleOptions options;
+  options.density = absl::GetFlag(FLAGS_scale_density);
+  options.output_scale_cap = absl::GetFlag(FLAGS_output_scale_cap);
+  options.max_tiles = max_tiles;
+  if (const std::string path = absl::GetFlag(FLAGS_output_scale); !path.empty()) {
+    VSP_ASSIGN_OR_RETURN(options.output_scale, ReadOutputScale(path));
+  }
+  VSP_ASSIGN_OR_RETURN(weights.threshold_scale,
+                       FitThresholdScale(teacher, weights, texts, options));
+  weights.facts["scale"] =
+      absl::StrFormat("%d texts of %d tokens, density %g", texts.size(), length, options.density);
+  return absl::OkStatus();
 }
 
 absl::Status Measure(Teacher& teacher, const model::IndexerWeights& weights,
@@ -263,23 +334,36 @@ absl::Status Main() {
   const int64_t slab_mib = absl::GetFlag(FLAGS_slab_mib);
   train.slab_bytes = (slab_mib > 0 ? slab_mib : cuda ? 4096 : 256) << 20;
 
-  const bool trains = !absl::GetFlag(FLAGS_corpus).empty();
+  const bool writes = !absl::GetFlag(FLAGS_corpus).empty();
+  const bool trains = writes && !absl::GetFlag(FLAGS_scale_only);
   int64_t longest = 0;
-  if (trains) longest = *std::max_element(train.lengths.begin(), train.lengths.end());
+  if (writes && absl::GetFlag(FLAGS_scale_texts) > 0) longest = absl::GetFlag(FLAGS_scale_length);
+  if (trains) {
+    longest = std::max(longest, *std::max_element(train.lengths.begin(), train.lengths.end()));
+  }
   if (absl::GetFlag(FLAGS_evaluate)) {
     longest = std::max(longest, *std::max_element(measured.begin(), measured.end()));
   }
   VSP_ASSIGN_OR_RETURN(const std::unique_ptr<Teacher> teacher, Teacher::Create(backbone, longest));
 
+  std::optional<Corpus> corpus;
+  if (writes) {
+    VSP_ASSIGN_OR_RETURN(
+        corpus, Corpus::Load(absl::GetFlag(FLAGS_corpus), teacher->model().config().vocab_size));
+  }
   model::IndexerWeights weights;
   if (trains) {
-    VSP_ASSIGN_OR_RETURN(weights, Train(*teacher, train));
+    VSP_ASSIGN_OR_RETURN(weights, Train(*teacher, *corpus, train));
   } else {
     const model::ModelConfig& config = teacher->model().config();
     VSP_ASSIGN_OR_RETURN(weights,
                          model::ReadIndexer(absl::GetFlag(FLAGS_indexer),
                                             {teacher->model().weights_id(), config.num_layers,
                                              config.num_kv_heads, config.head_dim}));
+  }
+  if (writes) {
+    VSP_RETURN_IF_ERROR(FitScale(*teacher, *corpus, evaluate.max_tiles, weights));
+    VSP_RETURN_IF_ERROR(Write(weights));
   }
   if (!absl::GetFlag(FLAGS_evaluate)) return absl::OkStatus();
   return Measure(*teacher, weights, measured, evaluate);

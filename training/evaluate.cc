@@ -2,22 +2,18 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <nlohmann/json.hpp>
 #include <utility>
 
 #include "absl/strings/str_format.h"
 #include "server/attention/methods.h"
-#include "server/base/kernel_status.h"
 #include "server/base/status_macros.h"
-#include "training/coverage.h"
-#include "training/index_mask.h"
+#include "training/covered_mass.h"
 #include "training/progress.h"
 
 namespace vsprefill::training {
 namespace {
 
-constexpr int kBisections = 13;
 /// What the other methods always read: the same sinks as StreamingLLM's paper, one block and the
 /// local band.
 constexpr int64_t kStreamingSinks = 4;
@@ -25,92 +21,37 @@ constexpr int64_t kLocalTokens = 128;
 constexpr int64_t kMethodRows = 64;  // query rows that MInference's estimate looks at
 
 /// One text with everything that methods choose from.
-struct Text {
-  TileSet tiles;
-  torch::Tensor mass;            // [layers, q heads, tiles, tokens]
+struct Text : TrueMass {
   torch::Tensor indexer, truth;  // logits, [2, layers, groups, tokens]
   torch::Tensor last_rows;
   torch::Tensor pooled64, pooled128;  // [layers, groups, tiles, blocks]
 };
 
-/// A selection with one knob per layer and group, larger = sparser: the mask of a layer, bool
-/// [groups, tiles, tokens].
-using MaskFn = std::function<absl::StatusOr<torch::Tensor>(int layer, const torch::Tensor& knobs)>;
-
 struct Method {
   std::string name;
   MaskFn mask;
-  double low, high;        // range of log2(knob)
-  bool per_group = false;  // a knob of its own for each layer and group
+  KnobRange range;
 };
-
-/// Logits of all layers from the kernel that serves, [2, layers, groups, tokens].
-absl::StatusOr<torch::Tensor> IndexerLogits(Teacher& teacher, const model::VsIndexer& indexer,
-                                            const Capture& capture) {
-  const model::ModelConfig& config = teacher.model().config();
-  torch::Tensor logits = torch::zeros({2, config.num_layers, config.num_kv_heads, capture.tokens},
-                                      capture.columns.options());
-  if (logits.is_cuda()) torch::cuda::synchronize();
-  for (int layer = 0; layer < config.num_layers; ++layer) {
-    kernels::IndexerInput input;
-    input.k = capture.keys[layer].data_ptr();
-    input.v = capture.values[layer].data_ptr();
-    input.head_stride = capture.keys[layer].stride(0);
-    input.token_stride = capture.keys[layer].stride(1);
-    input.dtype = teacher.model().kv_layout().dtype;
-    input.token_end = capture.tokens;
-    input.vertical_logits = logits[0][layer].data_ptr<float>();
-    input.slash_logits = logits[1][layer].data_ptr<float>();
-    input.logit_stride = capture.tokens;
-    VSP_RETURN_IF_ERROR(FromKernelStatus(
-        teacher.model().kernels().indexer(indexer.layer(layer), input, teacher.model().stream()),
-        "indexer"));
-  }
-  VSP_RETURN_IF_ERROR(teacher.model().Synchronize());
-  return logits;
-}
 
 absl::StatusOr<Text> Prepare(Teacher& teacher, const model::VsIndexer& indexer,
                              absl::Span<const int32_t> ids, int64_t max_tiles) {
   VSP_ASSIGN_OR_RETURN(const Capture capture, teacher.Run(ids, /*with_queries=*/true));
   const model::ModelConfig& config = teacher.model().config();
   const double scale = 1 / std::sqrt(config.head_dim);
-  Text text;
-  text.tiles =
-      MakeTiles(capture.tokens, kernels::RowTilePositions(config.num_q_heads / config.num_kv_heads),
-                max_tiles, teacher.device());
-  std::vector<torch::Tensor> mass, last_rows, pooled64, pooled128;
+  Text text{MeasureTrueMass(teacher, capture, max_tiles)};
+  std::vector<torch::Tensor> last_rows, pooled64, pooled128;
   for (int layer = 0; layer < config.num_layers; ++layer) {
     const torch::Tensor &queries = capture.queries[layer], &keys = capture.keys[layer];
-    mass.push_back(TileColumnMass(text.tiles, queries, keys, scale));
     last_rows.push_back(SumsOfLastRows(queries, keys, scale, kMethodRows));
     pooled64.push_back(MeanPooledScores(text.tiles, queries, keys, scale, 64));
     pooled128.push_back(MeanPooledScores(text.tiles, queries, keys, scale, 128));
   }
-  text.mass = torch::stack(mass);
   text.last_rows = (torch::stack(last_rows, 1) + 1e-12).log();
   text.pooled64 = torch::stack(pooled64);
   text.pooled128 = torch::stack(pooled128);
   text.truth = (torch::stack({capture.columns, capture.diagonals}) + 1e-12).log();
   VSP_ASSIGN_OR_RETURN(text.indexer, IndexerLogits(teacher, indexer, capture));
   return text;
-}
-
-/// A threshold rule; the knob is the threshold, times `scale` [layers, groups] where it is defined.
-/// What is forced is what the served default forces.
-MaskFn VerticalSlash(IndexMasker* masker, kernels::SelectionRule rule, const torch::Tensor& logits,
-                     const torch::Tensor& scale = {}) {
-  return [masker, rule, logits, scale](int layer, const torch::Tensor& knobs) {
-    torch::Tensor scaled = knobs[layer].to(torch::kCPU, torch::kFloat32);
-    if (scale.defined()) scaled = scaled * scale[layer];
-    scaled = scaled.contiguous();
-    kernels::SelectionParams params = attention::DefaultSelection(logits.size(3));
-    params.rule = rule;
-    params.threshold = 1.0f;
-    return masker->Mask(
-        logits[0][layer], logits[1][layer], params,
-        std::vector<float>(scaled.data_ptr<float>(), scaled.data_ptr<float>() + scaled.numel()));
-  };
 }
 
 /// The paper's rule: verticals and slashes up to a share tau = 1 - knob of their predicted mass.
@@ -177,57 +118,6 @@ MaskFn MeanPooled(const Text* text, const torch::Tensor& scores, int64_t block) 
   };
 }
 
-/// Pairs that a layer's masks read / causal pairs, [groups].
-torch::Tensor Density(const TileSet& tiles, const torch::Tensor& mask) {
-  return (mask * tiles.visible).sum({1, 2}) / tiles.pairs;
-}
-
-struct Outcome {
-  double density = 0;
-  torch::Tensor covered;  // [layers, q heads], host
-};
-
-/// Density and mass of the masks at these knobs.
-absl::StatusOr<Outcome> Cover(const Text& text, const MaskFn& masks, const torch::Tensor& knobs) {
-  const int64_t layers = text.mass.size(0), heads = text.mass.size(1);
-  Outcome outcome;
-  std::vector<torch::Tensor> covered;
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    VSP_ASSIGN_OR_RETURN(const torch::Tensor mask, masks(layer, knobs));
-    outcome.density += Density(text.tiles, mask).mean().item<double>() / layers;
-    const torch::Tensor per_head = mask.repeat_interleave(heads / mask.size(0), 0);
-    covered.push_back((text.mass[layer] * per_head).sum({1, 2}));
-  }
-  outcome.covered = torch::stack(covered).cpu().to(torch::kFloat64);
-  return outcome;
-}
-
-/// Bisects the knobs until the density is reached from below as nearly as it can be.
-absl::StatusOr<Outcome> Reach(const Text& text, const Method& method, double wanted) {
-  const int64_t layers = text.mass.size(0), groups = text.indexer.size(2);
-  const torch::TensorOptions options = text.mass.options();
-  torch::Tensor low = torch::full({layers, groups}, method.low, options);
-  torch::Tensor high = torch::full({layers, groups}, method.high, options);
-  auto densities = [&](const torch::Tensor& knobs) -> absl::StatusOr<torch::Tensor> {
-    std::vector<torch::Tensor> all;
-    for (int64_t layer = 0; layer < layers; ++layer) {
-      VSP_ASSIGN_OR_RETURN(const torch::Tensor mask, method.mask(layer, knobs));
-      all.push_back(Density(text.tiles, mask));
-    }
-    torch::Tensor density = torch::stack(all);
-    if (!method.per_group) density = density.mean().expand_as(density);
-    return density;
-  };
-  for (int i = 0; i < kBisections; ++i) {
-    const torch::Tensor middle = (low + high) / 2;
-    VSP_ASSIGN_OR_RETURN(const torch::Tensor density, densities(middle.exp2()));
-    const torch::Tensor too_dense = density > wanted;
-    low = torch::where(too_dense, middle, low);
-    high = torch::where(too_dense, high, middle);
-  }
-  return Cover(text, method.mask, high.exp2());
-}
-
 void Summarise(const torch::Tensor& covered, CoverageResult* result) {
   result->mean = covered.mean().item<double>();
   const torch::Tensor sorted = std::get<0>(covered.flatten().sort());
@@ -263,31 +153,24 @@ absl::StatusOr<LengthReport> Evaluate(Teacher& teacher, const model::IndexerWeig
     report.tiles = text.tiles.num_tiles();
     IndexMasker masker(&teacher.model(), &text.tiles);
     const double longest = std::log2(report.length);
-    constexpr auto kGain = kernels::SelectionRule::kGainPerCost;
-    constexpr auto kMass = kernels::SelectionRule::kMassPerCost;
-    const auto rule = [&](kernels::SelectionRule which, const torch::Tensor& logits) {
-      return VerticalSlash(&masker, which, logits);
-    };
+    const KnobRange threshold = {-8, 16};
     std::vector<Method> methods = {
-        {"vsprefill, gain per cost", rule(kGain, text.indexer), -12, 16},
-        {"vsprefill, mass per cost", rule(kMass, text.indexer), -8, 16},
-        {"vsprefill, cumulative thresholds", Cumulative(&masker, text.indexer), -7, -0.01},
-        {"vsprefill, same density in every group", rule(kMass, text.indexer), -8, 16, true},
-        {"oracle (true sums), gain per cost", rule(kGain, text.truth), -12, 16},
-        {"oracle (true sums), mass per cost", rule(kMass, text.truth), -8, 16},
-        {"last 64 queries, gain per cost", rule(kGain, text.last_rows), -12, 16},
-        {"last 64 queries, mass per cost", rule(kMass, text.last_rows), -8, 16},
-        {"sinks + window", SinksAndWindow(&text), 0, longest},
-        {"mean-pooled blocks of 64", MeanPooled(&text, text.pooled64, 64), -40, 0.5},
-        {"mean-pooled blocks of 128", MeanPooled(&text, text.pooled128, 128), -40, 0.5},
+        {"vsprefill", VerticalSlash(&masker, text.indexer, scale), threshold},
+        {"vsprefill, one threshold (no scale)", VerticalSlash(&masker, text.indexer), threshold},
+        {"vsprefill, same density in every group",
+         VerticalSlash(&masker, text.indexer),
+         {threshold.low, threshold.high, true}},
+        {"vsprefill, cumulative thresholds", Cumulative(&masker, text.indexer), {-7, -0.01}},
+        {"oracle (true sums)", VerticalSlash(&masker, text.truth, scale), threshold},
+        {"oracle, one threshold (no scale)", VerticalSlash(&masker, text.truth), threshold},
+        {"last 64 queries", VerticalSlash(&masker, text.last_rows), threshold},
+        {"last 64 queries, with the scale", VerticalSlash(&masker, text.last_rows, scale),
+         threshold},
+        {"sinks + window", SinksAndWindow(&text), {0, longest}},
+        {"mean-pooled blocks of 64", MeanPooled(&text, text.pooled64, 64), {-40, 0.5}},
+        {"mean-pooled blocks of 128", MeanPooled(&text, text.pooled128, 128), {-40, 0.5}},
     };
-    if (scale.defined()) {
-      methods.push_back({"vsprefill, gain per cost, the indexer's scale",
-                         VerticalSlash(&masker, kGain, text.indexer, scale), -12, 16});
-      methods.push_back({"vsprefill, mass per cost, the indexer's scale",
-                         VerticalSlash(&masker, kMass, text.indexer, scale), -8, 16});
-    }
-    const auto add = [&](const std::string& name, double wanted, const Outcome& outcome,
+    const auto add = [&](const std::string& name, double wanted, const Coverage& outcome,
                          size_t slot) {
       if (i == 0) {
         CoverageResult& result = report.results.emplace_back();
@@ -301,13 +184,14 @@ absl::StatusOr<LengthReport> Evaluate(Teacher& teacher, const model::IndexerWeig
     size_t slot = 0;
     for (const Method& method : methods) {
       for (double density : options.densities) {
-        VSP_ASSIGN_OR_RETURN(const Outcome outcome, Reach(text, method, density));
+        VSP_ASSIGN_OR_RETURN(const Coverage outcome,
+                             Reach(text, method.mask, method.range, text.indexer.size(2), density));
         add(method.name, density, outcome, slot++);
       }
     }
     // The served default, whatever density it has; a text is prefilled whole or in chunks.
     for (int64_t chunk : {int64_t{0}, int64_t{2048}, int64_t{1024}}) {
-      VSP_ASSIGN_OR_RETURN(const Outcome outcome,
+      VSP_ASSIGN_OR_RETURN(const Coverage outcome,
                            Cover(text, ServedDefault(&masker, text, scale, chunk), {}));
       add(chunk == 0 ? "the served default, whole prompt"
                      : absl::StrFormat("the served default, chunks of %d", chunk),

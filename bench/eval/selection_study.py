@@ -3,12 +3,12 @@
   selection_study.py prepare  --source linux …           tokens, true sums and dense log-probabilities of held-out texts
   selection_study.py curves   --source linux …           error and cost of each layer and group over the threshold
   selection_study.py gains    --source linux --tokens N  what a layer's error does to the output (KL per error)
-  selection_study.py allocate --source linux …           threshold_scale that spends a density where it helps most
+  selection_study.py allocate --source linux …           scale of thresholds that spends a density where it helps most
   selection_study.py evaluate --source eigen …           perplexity and KL to dense, with --set name=value
-  selection_study.py write    --indexer FILE             puts a threshold_scale into an indexer file
 
 Texts are the held-out documents of training/corpus (never seen in distillation). Without --indexer the true sums stand
 in for its prediction: the best that any indexer could give. Results: docs/results/selection_defaults.md.
+vsprefill-distill --output_scale takes what allocate writes.
 Needs: ninja vsp_study; documents.jsonl of training/corpus/fetch_corpus.sh.
 """
 
@@ -201,7 +201,10 @@ def calibrate(args, model, text, knob, target, scale, chunk, indexer_logits):
 
 def evaluate(args, model):
     scale = None
-    if args.scale:
+    if args.scale == "indexer":
+        with safetensors.safe_open(args.indexer, "numpy") as f:
+            scale = f.get_tensor("threshold_scale")
+    elif args.scale:
         with open(args.scale, encoding="utf-8") as f:
             scale = np.array(json.load(f), np.float32)
     indexer = study_model.Indexer(args.indexer) if args.indexer else None
@@ -224,27 +227,10 @@ def evaluate(args, model):
               f"({time.time() - start:.0f} s)", flush=True)
 
 
-def write(args):
-    with open(args.scale, encoding="utf-8") as f:
-        scale = np.array(json.load(f), np.float32)
-    with safetensors.safe_open(args.indexer, "numpy") as f:
-        metadata = f.metadata()
-    with open(args.indexer, "rb") as f:
-        tensors = safetensors.torch.load(f.read())
-    layers, groups = len({name.split(".")[1] for name in tensors if name.startswith("layers.")}), len(
-        tensors["layers.0.b2"])
-    if scale.shape != (layers, groups):
-        sys.exit(f"error: {args.scale} has shape {scale.shape}, {args.indexer} needs ({layers}, {groups})")
-    tensors["threshold_scale"] = torch.from_numpy(scale)
-    safetensors.torch.save_file(tensors, args.indexer + ".tmp", metadata=metadata)
-    os.replace(args.indexer + ".tmp", args.indexer)
-    print(f"{args.indexer}: threshold_scale {scale.min():.3f} to {scale.max():.3f} written")
-
-
 def main():
     here = os.path.dirname(os.path.abspath(__file__))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {f.__name__: f for f in (prepare, curves, gains, allocate, evaluate, write)}
+    commands = {f.__name__: f for f in (prepare, curves, gains, allocate, evaluate)}
     parser.add_argument("command", choices=commands)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--library", default="build/bench/eval/libvsp_study.so")
@@ -253,7 +239,8 @@ def main():
     parser.add_argument("--source", nargs="+", default=["linux"], help="sources of the corpus, one text each")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--indexer", default="", help="indexer.safetensors; empty: the true sums")
-    parser.add_argument("--scale", default=os.path.join(here, "smollm2_threshold_scale.json"), help="empty: all 1")
+    parser.add_argument("--scale", default=os.path.join(here, "smollm2_output_scale.json"),
+                        help="JSON file (allocate writes it); indexer: the one in --indexer; empty: all 1")
     parser.add_argument("--density", type=float, default=0.09, help="allocate: of the candidates; --calibrate: of all")
     parser.add_argument("--calibrate", choices=["threshold", "tau"], help="evaluate at --density by moving this knob")
     parser.add_argument("--chunk", type=int, default=0, help="tokens per prefill chunk; 0: whole")
@@ -262,8 +249,6 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     os.makedirs(args.work, exist_ok=True)
-    if args.command == "write":
-        return write(args)
     with torch.inference_mode():
         commands[args.command](args, study_model.StudyModel(args.model, args.library))
 

@@ -14,7 +14,6 @@ namespace vsprefill::kernels {
 namespace {
 
 using selection::Geometry;
-using selection::Kept;
 using selection::kNothing;
 
 constexpr int kBins = 2048;
@@ -30,7 +29,7 @@ struct Scratch {
   uint64_t* offset_weights;  // [n]
   uint64_t* sums;            // [distances + 1]: H(j) first, then the second prefix sum of blocks
   uint64_t* block_weights;   // [blocks]
-  uint64_t* histogram;       // [2, kBins]: columns, blocks
+  uint64_t* histogram;       // [kBins]
   uint32_t* column_scores;   // [n] keys
   uint32_t* column_ranks;    // [n]; column_scores itself for kMassPerCost
   uint32_t* block_scores;    // [blocks]
@@ -38,7 +37,7 @@ struct Scratch {
   static int64_t Bytes(int64_t n) {
     const int64_t blocks = MaxDistances(n) / kBandBlock;
     return 2 * AlignUp(n * 8) + AlignUp((MaxDistances(n) + 1) * 8) + AlignUp(blocks * 8) +
-           AlignUp(2 * kBins * 8) + 2 * AlignUp(n * 4) + 2 * AlignUp(blocks * 4);
+           AlignUp(kBins * 8) + 2 * AlignUp(n * 4) + 2 * AlignUp(blocks * 4);
   }
   Scratch(char* memory, int64_t n) {
     const int64_t blocks = MaxDistances(n) / kBandBlock;
@@ -47,7 +46,7 @@ struct Scratch {
     offset_weights = reinterpret_cast<uint64_t*>(take(n * 8));
     sums = reinterpret_cast<uint64_t*>(take((MaxDistances(n) + 1) * 8));
     block_weights = reinterpret_cast<uint64_t*>(take(blocks * 8));
-    histogram = reinterpret_cast<uint64_t*>(take(2 * kBins * 8));
+    histogram = reinterpret_cast<uint64_t*>(take(kBins * 8));
     column_scores = reinterpret_cast<uint32_t*>(take(n * 4));
     column_ranks = reinterpret_cast<uint32_t*>(take(n * 4));
     block_scores = reinterpret_cast<uint32_t*>(take(blocks * 4));
@@ -119,35 +118,22 @@ void Count(const uint32_t* keys, int64_t begin, int64_t end, uint32_t low, int s
   }
 }
 
-/// The largest key for which enough(key, sums of the candidates with this key or above) holds, 0 if
-/// there is none; where it holds it must hold for all smaller keys too. add(low, shift, bits,
-/// histogram) counts the candidates of a range of keys into one or both of the two histograms.
-template <typename Add, typename Enough>
-uint32_t FindCut(uint64_t* histogram, const Add& add, const Enough& enough) {
-  uint32_t low = 0;
-  Kept above = {};
-  for (const auto& [shift, bits] : {std::pair{20, 11}, std::pair{9, 11}, std::pair{0, 9}}) {
-    std::fill_n(histogram, 2 * kBins, 0);
-    add(low, shift, bits, histogram);
-    int bin = (1 << bits) - 1;
-    for (; bin >= 0; --bin) {
-      const Kept with = {above.columns + histogram[bin], above.blocks + histogram[kBins + bin]};
-      if (enough(low + (static_cast<uint32_t>(bin) << shift), with)) break;
-      above = with;
-    }
-    if (bin < 0) return 0;  // only at the first level: later ones hold the key found before
-    low += static_cast<uint32_t>(bin) << shift;
-  }
-  return low;
-}
-
-/// The largest cut for which {key >= cut} reaches `target` in the first histogram; kNothing for 0,
-/// 0 if all is not enough.
+/// The largest cut for which {key >= cut} reaches `target`; kNothing for 0, 0 if all is not enough.
+/// add(low, shift, bits, histogram) counts the candidates of a range of keys.
 template <typename Add>
 uint32_t Reach(uint64_t target, uint64_t* histogram, const Add& add) {
   if (target == 0) return kNothing;
-  return FindCut(histogram, add,
-                 [target](uint32_t, const Kept& kept) { return kept.columns >= target; });
+  uint32_t low = 0;
+  uint64_t above = 0;
+  for (const auto& [shift, bits] : {std::pair{20, 11}, std::pair{9, 11}, std::pair{0, 9}}) {
+    std::fill_n(histogram, size_t{1} << bits, 0);
+    add(low, shift, bits, histogram);
+    int bin = (1 << bits) - 1;
+    for (; bin >= 0 && above + histogram[bin] < target; --bin) above += histogram[bin];
+    if (bin < 0) return 0;  // only at the first level: later ones hold the amount found before
+    low += static_cast<uint32_t>(bin) << shift;
+  }
+  return low;
 }
 
 /// One group's selection, in the order of kernels/selection.h.
@@ -223,47 +209,33 @@ class GroupSelector {
   }
 
   void RuleCuts() {
-    const float scale = input_.threshold_scale != nullptr ? input_.threshold_scale[group_] : 1.0f;
-    if (params_.rule == SelectionRule::kMassPerCost) {
-      column_cut_ = block_cut_ = selection::ThresholdCut(params_.threshold, scale);
-      return;
-    }
-    Kept forced = {};
-    for (int64_t j = 0; j < g_.sinks; ++j) forced.columns += scratch_.column_weights[j];
-    for (int64_t j = g_.columns_end; j < g_.n; ++j) forced.columns += scratch_.column_weights[j];
-    for (int64_t b = 0; b < g_.local_blocks; ++b) forced.blocks += scratch_.block_weights[b];
-    const Kept all = {column_sum_, offset_sum_ * static_cast<uint64_t>(g_.row_tile)};
     if (!cumulative()) {
-      column_cut_ = block_cut_ = GainCut(forced, all, scale);
+      const float* scale = input_.threshold_scale;
+      column_cut_ = block_cut_ =
+          selection::ThresholdCut(params_.threshold, scale != nullptr ? scale[group_] : 1.0f);
       return;
     }
-    for (int64_t j = g_.sinks; j < g_.columns_end; ++j) {
-      scratch_.column_ranks[j] = selection::Key(selection::WeightScore(scratch_.column_weights[j]));
+    uint64_t forced_columns = 0, forced_blocks = 0;
+    for (int64_t j = 0; j < g_.n; ++j) {
+      if (j < g_.sinks || j >= g_.columns_end) {
+        forced_columns += scratch_.column_weights[j];
+      } else {
+        scratch_.column_ranks[j] =
+            selection::Key(selection::WeightScore(scratch_.column_weights[j]));
+      }
     }
-    for (int64_t b = g_.local_blocks; b < g_.num_blocks; ++b) {
-      scratch_.block_ranks[b] = selection::Key(selection::WeightScore(scratch_.block_weights[b]));
+    for (int64_t b = 0; b < g_.num_blocks; ++b) {
+      if (b < g_.local_blocks) {
+        forced_blocks += scratch_.block_weights[b];
+      } else {
+        scratch_.block_ranks[b] = selection::Key(selection::WeightScore(scratch_.block_weights[b]));
+      }
     }
     column_cut_ = TauCut(scratch_.column_ranks, scratch_.column_weights, g_.sinks, g_.columns_end,
-                         params_.tau_vertical, all.columns, forced.columns);
-    block_cut_ = TauCut(scratch_.block_ranks, scratch_.block_weights, g_.local_blocks,
-                        g_.num_blocks, params_.tau_slash, all.blocks, forced.blocks);
-  }
-
-  uint32_t GainCut(const Kept& forced, const Kept& all, float scale) {
-    if (selection::ThresholdCut(params_.threshold, scale) == 0) return 0;  // keeps everything
-    auto add = [&](uint32_t low, int shift, int bits, uint64_t* histogram) {
-      Count(
-          scratch_.column_scores, g_.sinks, g_.columns_end, low, shift, bits,
-          [&](int64_t j) { return scratch_.column_weights[j]; }, histogram);
-      Count(
-          scratch_.block_scores, g_.local_blocks, g_.num_blocks, low, shift, bits,
-          [&](int64_t b) { return scratch_.block_weights[b]; }, histogram + kBins);
-    };
-    // The largest key that is not worth it; those above it are.
-    return 1 + FindCut(scratch_.histogram, add, [&](uint32_t key, const Kept& kept) {
-             const Kept read = {forced.columns + kept.columns, forced.blocks + kept.blocks};
-             return selection::BelowGain(key, read, all, params_.threshold, scale);
-           });
+                         params_.tau_vertical, column_sum_, forced_columns);
+    block_cut_ =
+        TauCut(scratch_.block_ranks, scratch_.block_weights, g_.local_blocks, g_.num_blocks,
+               params_.tau_slash, offset_sum_ * static_cast<uint64_t>(g_.row_tile), forced_blocks);
   }
 
   uint32_t TauCut(const uint32_t* keys, const uint64_t* weights, int64_t begin, int64_t end,

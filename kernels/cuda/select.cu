@@ -13,7 +13,6 @@ namespace vsprefill::kernels {
 namespace {
 
 using selection::Geometry;
-using selection::Kept;
 using selection::kNothing;
 
 constexpr int kThreads = 1024;
@@ -65,9 +64,9 @@ struct Scratch {
 };
 
 struct Shared {
-  unsigned long long histogram[2][kBins];  // columns, blocks
+  unsigned long long histogram[kBins];
   unsigned long long partial[kWarps];
-  Kept above;
+  unsigned long long result;
   uint32_t low;
 };
 
@@ -141,85 +140,60 @@ __device__ uint64_t Weights(const float* logits, int64_t n, uint64_t* weights, S
 /// Adds candidates [begin, end) whose key lies in [low, low + 2^bits * 2^shift) to the histogram.
 template <typename Amount>
 __device__ void Count(const uint32_t* keys, int64_t begin, int64_t end, uint32_t low, int shift,
-                      int bits, const Amount& amount, unsigned long long* histogram) {
+                      int bits, const Amount& amount, Shared& shared) {
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     if (keys[i] < low) continue;
     const uint32_t bin = (keys[i] - low) >> shift;
     if (bin < (1u << bits)) {
       const uint64_t value = amount(i);
-      if (value != 0) atomicAdd(&histogram[bin], static_cast<unsigned long long>(value));
+      if (value != 0) atomicAdd(&shared.histogram[bin], static_cast<unsigned long long>(value));
     }
   }
 }
 
-__device__ uint64_t InclusiveWarpSum(uint64_t value) {
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const uint64_t left = __shfl_up_sync(kAllLanes, value, offset);
-    if (threadIdx.x % 32 >= offset) value += left;
-  }
-  return value;
-}
-
-/// The largest key for which enough(key, sums of the candidates with this key or above) holds, 0 if
-/// there is none; where it holds it must hold for all smaller keys too. add(low, shift, bits)
-/// counts the candidates of a range of keys into one or both of the two histograms.
-template <typename Add, typename Enough>
-__device__ uint32_t FindCut(Shared& shared, const Add& add, const Enough& enough) {
+/// The largest cut for which {key >= cut} reaches `target`; kNothing for 0, 0 if all is not enough.
+/// add(low, shift, bits) counts the candidates of a range of keys.
+template <typename Add>
+__device__ uint32_t Reach(uint64_t target, Shared& shared, const Add& add) {
+  if (target == 0) return kNothing;
   constexpr int kBinsPerLane = kBins / 32;
   uint32_t low = 0;
-  Kept above = {};
+  uint64_t above = 0;
   for (int level = 0; level < 3; ++level) {
     const int shift = level == 0 ? 20 : level == 1 ? 9 : 0;
     const int bits = level == 2 ? 9 : 11;
     __syncthreads();
-    for (int i = threadIdx.x; i < kBins; i += kThreads) {
-      shared.histogram[0][i] = shared.histogram[1][i] = 0;
-    }
+    for (int i = threadIdx.x; i < kBins; i += kThreads) shared.histogram[i] = 0;
     __syncthreads();
     add(low, shift, bits);
     __syncthreads();
     // One warp walks the bins from the top: lane 0 holds the highest ones.
     if (threadIdx.x < 32) {
       const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerLane;
-      Kept own = {};
-      for (int i = 0; i < kBinsPerLane; ++i) {
-        own.columns += shared.histogram[0][top - i];
-        own.blocks += shared.histogram[1][top - i];
+      uint64_t own = 0;
+      for (int i = 0; i < kBinsPerLane; ++i) own += shared.histogram[top - i];
+      uint64_t upto = own;
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const uint64_t left = __shfl_up_sync(kAllLanes, upto, offset);
+        if (threadIdx.x >= offset) upto += left;
       }
-      Kept with = {above.columns + InclusiveWarpSum(own.columns),
-                   above.blocks + InclusiveWarpSum(own.blocks)};
-      const auto key = [&](int bin) { return low + (static_cast<uint32_t>(bin) << shift); };
-      const unsigned holds = __ballot_sync(kAllLanes, enough(key(top - kBinsPerLane + 1), with));
-      if (holds == 0) {
+      const unsigned reached = __ballot_sync(kAllLanes, above + upto >= target);
+      if (reached == 0) {
         if (threadIdx.x == 0) shared.low = kNothing;
-      } else if (threadIdx.x == __ffs(holds) - 1) {
-        Kept sum = {with.columns - own.columns, with.blocks - own.blocks};
-        for (int bin = top;; --bin) {
-          with = {sum.columns + shared.histogram[0][bin], sum.blocks + shared.histogram[1][bin]};
-          if (enough(key(bin), with)) {
-            shared.low = key(bin);
-            shared.above = sum;
-            break;
-          }
-          sum = with;
-        }
+      } else if (threadIdx.x == __ffs(reached) - 1) {
+        uint64_t sum = above + upto - own;
+        int bin = top;
+        while (sum + shared.histogram[bin] < target) sum += shared.histogram[bin--];
+        shared.low = low + (static_cast<uint32_t>(bin) << shift);
+        shared.result = sum;
       }
     }
     __syncthreads();
     low = shared.low;
-    above = shared.above;
-    if (low == kNothing) return 0;  // only at the first level: later ones hold the key found before
+    above = shared.result;
+    if (low == kNothing) return 0;  // only at the first level: later ones hold the amount found
   }
   return low;
-}
-
-/// The largest cut for which {key >= cut} reaches `target` in the first histogram; kNothing for 0,
-/// 0 if all is not enough.
-template <typename Add>
-__device__ uint32_t Reach(uint64_t target, Shared& shared, const Add& add) {
-  if (target == 0) return kNothing;
-  return FindCut(shared, add,
-                 [target](uint32_t, const Kept& kept) { return kept.columns >= target; });
 }
 
 /// Calls write(position, i) for the kept ones of [0, count) in ascending order, each warp for a
@@ -320,83 +294,64 @@ __global__ void __launch_bounds__(kThreads) SelectKernel(const __grid_constant__
 
   // Cuts: by the rule, then lowered by the minima, then raised by the cap.
   uint32_t column_cut, block_cut, cap_cut = 0;
-  const float scale = s.threshold_scale[blockIdx.x];
-  if (s.params.rule == SelectionRule::kMassPerCost) {
-    column_cut = block_cut = selection::ThresholdCut(s.params.threshold, scale);
-  } else {
-    Kept forced = {};
+  if (cumulative) {
+    uint64_t forced_columns = 0, forced_blocks = 0;
     for (int64_t j = threadIdx.x; j < n; j += kThreads) {
       const uint64_t weight = scratch.column_weights[j];
       if (j < g.sinks || j >= g.columns_end) {
-        forced.columns += weight;
-      } else if (cumulative) {
+        forced_columns += weight;
+      } else {
         scratch.column_ranks[j] = selection::Key(selection::WeightScore(weight));
       }
     }
     for (int64_t b = threadIdx.x; b < g.num_blocks; b += kThreads) {
       const uint64_t weight = scratch.block_weights[b];
       if (b < g.local_blocks) {
-        forced.blocks += weight;
-      } else if (cumulative) {
+        forced_blocks += weight;
+      } else {
         scratch.block_ranks[b] = selection::Key(selection::WeightScore(weight));
       }
     }
-    forced = {BlockSum(forced.columns, shared), BlockSum(forced.blocks, shared)};
-    const Kept all = {column_sum, offset_sum * static_cast<uint64_t>(g.row_tile)};
+    forced_columns = BlockSum(forced_columns, shared);
+    forced_blocks = BlockSum(forced_blocks, shared);
     const auto add_columns = [&](uint32_t low, int shift, int bits) {
       Count(
           scratch.column_ranks, g.sinks, g.columns_end, low, shift, bits,
-          [&](int64_t j) { return scratch.column_weights[j]; }, shared.histogram[0]);
+          [&](int64_t j) { return scratch.column_weights[j]; }, shared);
     };
-    const auto add_blocks = [&](uint32_t low, int shift, int bits, unsigned long long* to) {
+    const auto add_blocks = [&](uint32_t low, int shift, int bits) {
       Count(
           scratch.block_ranks, g.local_blocks, g.num_blocks, low, shift, bits,
-          [&](int64_t b) { return scratch.block_weights[b]; }, to);
+          [&](int64_t b) { return scratch.block_weights[b]; }, shared);
     };
-    if (cumulative) {
-      const float tau_v = s.params.tau_vertical, tau_s = s.params.tau_slash;
-      column_cut = tau_v >= 1.0f
-                       ? 0
-                       : Reach(selection::CumulativeTarget(tau_v, all.columns, forced.columns),
-                               shared, add_columns);
-      block_cut = tau_s >= 1.0f
-                      ? 0
-                      : Reach(selection::CumulativeTarget(tau_s, all.blocks, forced.blocks), shared,
-                              [&](uint32_t low, int shift, int bits) {
-                                add_blocks(low, shift, bits, shared.histogram[0]);
-                              });
-    } else if (selection::ThresholdCut(s.params.threshold, scale) == 0) {
-      column_cut = block_cut = 0;  // keeps everything
-    } else {
-      // The largest key that is not worth it; those above it are.
-      column_cut = block_cut =
-          1 + FindCut(
-                  shared,
-                  [&](uint32_t low, int shift, int bits) {
-                    add_columns(low, shift, bits);
-                    add_blocks(low, shift, bits, shared.histogram[1]);
-                  },
-                  [&](uint32_t key, const Kept& kept) {
-                    const Kept read = {forced.columns + kept.columns, forced.blocks + kept.blocks};
-                    return selection::BelowGain(key, read, all, s.params.threshold, scale);
-                  });
-    }
+    const float tau_v = s.params.tau_vertical, tau_s = s.params.tau_slash;
+    column_cut = tau_v >= 1.0f
+                     ? 0
+                     : Reach(selection::CumulativeTarget(tau_v, column_sum, forced_columns), shared,
+                             add_columns);
+    const uint64_t block_sum = offset_sum * static_cast<uint64_t>(g.row_tile);
+    block_cut = tau_s >= 1.0f ? 0
+                              : Reach(selection::CumulativeTarget(tau_s, block_sum, forced_blocks),
+                                      shared, add_blocks);
+  } else {
+    column_cut = block_cut =
+        selection::ThresholdCut(s.params.threshold, s.threshold_scale[blockIdx.x]);
   }
   {
     const auto one = [](int64_t) { return uint64_t{1}; };
     const int64_t min_columns = selection::MinimumCount(s.params.min_vertical_ratio, n, g.sinks);
     const int64_t min_blocks =
         selection::MinimumCount(s.params.min_slash_ratio, g.num_blocks, g.local_blocks);
-    column_cut = min(column_cut, Reach(static_cast<uint64_t>(min_columns), shared,
-                                       [&](uint32_t low, int shift, int bits) {
-                                         Count(scratch.column_ranks, g.sinks, g.columns_end, low,
-                                               shift, bits, one, shared.histogram[0]);
-                                       }));
-    block_cut = min(block_cut, Reach(static_cast<uint64_t>(min_blocks), shared,
-                                     [&](uint32_t low, int shift, int bits) {
-                                       Count(scratch.block_ranks, g.local_blocks, g.num_blocks, low,
-                                             shift, bits, one, shared.histogram[0]);
-                                     }));
+    column_cut = min(
+        column_cut,
+        Reach(static_cast<uint64_t>(min_columns), shared, [&](uint32_t low, int shift, int bits) {
+          Count(scratch.column_ranks, g.sinks, g.columns_end, low, shift, bits, one, shared);
+        }));
+    block_cut = min(
+        block_cut,
+        Reach(static_cast<uint64_t>(min_blocks), shared, [&](uint32_t low, int shift, int bits) {
+          Count(scratch.block_ranks, g.local_blocks, g.num_blocks, low, shift, bits, one, shared);
+        }));
   }
   if (s.params.max_density < 1.0f) {
     const auto column_pairs = [&](int64_t j) -> uint64_t {
@@ -430,9 +385,9 @@ __global__ void __launch_bounds__(kThreads) SelectKernel(const __grid_constant__
       cap_cut = 1 + Reach(static_cast<uint64_t>(budget) + 1, shared,
                           [&](uint32_t low, int shift, int bits) {
                             Count(scratch.column_scores, g.sinks, g.columns_end, low, shift, bits,
-                                  column_pairs, shared.histogram[0]);
+                                  column_pairs, shared);
                             Count(scratch.block_scores, g.local_blocks, g.num_blocks, low, shift,
-                                  bits, block_pairs, shared.histogram[0]);
+                                  bits, block_pairs, shared);
                           });
     }
   }

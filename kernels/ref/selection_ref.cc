@@ -68,28 +68,6 @@ uint32_t CumulativeCut(const std::vector<Candidate>& candidates, float tau, uint
   return Reach(weights, selection::CumulativeTarget(tau, total, forced));
 }
 
-/// kGainPerCost: the best candidates of both kinds one after the other, equal ones together, until
-/// one gains too little; the cut below which nothing is kept.
-uint32_t GainCut(const std::vector<Candidate>& columns, const std::vector<Candidate>& blocks,
-                 selection::Kept kept, const selection::Kept& all, float threshold, float scale) {
-  std::vector<std::pair<uint32_t, selection::Kept>> sorted;
-  for (const Candidate& c : columns) sorted.push_back({c.score, {c.weight, 0}});
-  for (const Candidate& c : blocks) sorted.push_back({c.score, {0, c.weight}});
-  std::sort(sorted.begin(), sorted.end(),
-            [](const auto& a, const auto& b) { return a.first > b.first; });
-  uint32_t cut = kNothing;
-  for (size_t i = 0; i < sorted.size();) {
-    const uint32_t key = sorted[i].first;
-    for (; i < sorted.size() && sorted[i].first == key; ++i) {
-      kept.columns += sorted[i].second.columns;
-      kept.blocks += sorted[i].second.blocks;
-    }
-    if (selection::BelowGain(key, kept, all, threshold, scale)) break;
-    cut = key;
-  }
-  return cut;
-}
-
 /// Drops the cheapest-to-lose candidates of both kinds until their pairs fit.
 void Cap(int64_t budget, std::vector<Candidate>& columns, std::vector<Candidate>& blocks) {
   uint32_t cut = kNothing;
@@ -148,18 +126,15 @@ void SelectGroup(const SelectionInput& input, const SelectionParams& params, con
                       static_cast<uint64_t>(selection::BlockPairs(g, b))});
   }
 
-  const selection::Kept forced = {
-      Sum(column_weights, 0, g.sinks) + Sum(column_weights, g.columns_end, g.n),
-      Sum(block_weights, 0, g.local_blocks)};
-  const selection::Kept all = {column_sum, offset_sum * g.row_tile};
-  const float scale = input.threshold_scale != nullptr ? input.threshold_scale[group] : 1.0f;
   uint32_t column_cut, block_cut;
   if (cumulative) {
-    column_cut = CumulativeCut(columns, params.tau_vertical, all.columns, forced.columns);
-    block_cut = CumulativeCut(blocks, params.tau_slash, all.blocks, forced.blocks);
-  } else if (params.rule == SelectionRule::kGainPerCost) {
-    column_cut = block_cut = GainCut(columns, blocks, forced, all, params.threshold, scale);
+    const uint64_t forced_columns =
+        Sum(column_weights, 0, g.sinks) + Sum(column_weights, g.columns_end, g.n);
+    column_cut = CumulativeCut(columns, params.tau_vertical, column_sum, forced_columns);
+    block_cut = CumulativeCut(blocks, params.tau_slash, offset_sum * g.row_tile,
+                              Sum(block_weights, 0, g.local_blocks));
   } else {
+    const float scale = input.threshold_scale != nullptr ? input.threshold_scale[group] : 1.0f;
     column_cut = block_cut = selection::ThresholdCut(params.threshold, scale);
   }
   Cut(column_cut, selection::MinimumCount(params.min_vertical_ratio, g.n, g.sinks), columns);

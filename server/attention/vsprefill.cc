@@ -184,14 +184,10 @@ MethodSpec VsPrefillSpec() {
   spec.help = "vertical columns and slash bands predicted per layer and KV group by a VSIndexer";
   spec.needs_indexer = true;
   spec.parameters = {
-      {"rule", 0, 0, 2,
-       "0: mass per unit of cost above threshold; 1: cumulative mass tau; 2: as 0, mass not yet "
-       "read",
-       true},
-      {"threshold", 2.8, 0, 1e6,
-       "rules 0, 2: least mass per pair, in units of 1/n; more is sparser"},
+      {"rule", 0, 0, 1, "0: mass per unit of cost above threshold; 1: cumulative mass tau", true},
+      {"threshold", 2.8, 0, 1e6, "rule 0: least mass per pair, in units of 1/n; more is sparser"},
       {"full_threshold_tokens", 8192, 0, kMaxTokens,
-       "rules 0, 2: prompts of n tokens below this use threshold * sqrt(n / this); 0: never", true},
+       "rule 0: prompts of n tokens below this use threshold * sqrt(n / this); 0: never", true},
       {"tau_vertical", 0.9, 0, 1, "rule 1: share of the vertical mass to keep"},
       {"tau_slash", 0.9, 0, 1, "rule 1: share of the slash mass to keep"},
       {"sink_tokens", 16, 0, kMaxTokens, "first tokens that every row reads", true},

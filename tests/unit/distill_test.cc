@@ -15,13 +15,16 @@
 #include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
 #include "kernels/indexer.h"
+#include "server/attention/methods.h"
 #include "server/model/safetensors.h"
 #include "server/model/vs_indexer.h"
 #include "training/corpus.h"
 #include "training/coverage.h"
+#include "training/covered_mass.h"
 #include "training/progress.h"
 #include "training/student.h"
 #include "training/teacher.h"
+#include "training/threshold_scale.h"
 #include "training/trainer.h"
 
 namespace vsprefill::training {
@@ -339,6 +342,108 @@ TEST(CoverageTest, MeanPoolingFindsTheBlockThatQueriesPointAt) {
   EXPECT_LT(last_tile[0].item<float>(), 0.05);
   EXPECT_EQ(last_tile[5].item<float>(), 2) << "blocks inside the tile are always kept";
   EXPECT_EQ(scores[0][0][6].item<float>(), -1) << "blocks right of the tile never";
+}
+
+/// The llama fixture, an untrained indexer of its shape and two texts.
+class ThresholdScaleTest : public ::testing::Test {
+ protected:
+  static constexpr int64_t kTokens = 1000;
+  void SetUp() override {
+    const char* fixtures = std::getenv("VSP_TEST_FIXTURES");
+    model::LoadOptions options;
+    options.model_dir = absl::StrCat(fixtures != nullptr ? fixtures : "models/fixtures", "/llama");
+    options.dtype = kernels::DType::kF32;
+    options.indexer_path = "none";
+    auto teacher = Teacher::Create(options, kTokens);
+    ASSERT_TRUE(teacher.ok()) << teacher.status() << "; fixtures: deploy/local/setup.sh --fixtures";
+    teacher_ = *std::move(teacher);
+    const model::ModelConfig& config = teacher_->model().config();
+    layers_ = config.num_layers;
+    groups_ = config.num_kv_heads;
+    weights_ = Student(teacher_->student_shape(16), torch::kCPU, 3, false).Export();
+    for (int text = 0; text < 2; ++text) {
+      ids_.emplace_back(kTokens);
+      for (int64_t i = 0; i < kTokens; ++i) {
+        ids_[text][i] = static_cast<int32_t>((i * i * 7 + i * (text + 3)) % config.vocab_size);
+      }
+    }
+    texts_ = {ids_[0], ids_[1]};
+    options_.density = 0.55;
+  }
+  absl::StatusOr<std::vector<std::vector<float>>> Fit() {
+    return FitThresholdScale(*teacher_, weights_, texts_, options_);
+  }
+
+  std::unique_ptr<Teacher> teacher_;
+  int layers_ = 0, groups_ = 0;
+  model::IndexerWeights weights_;
+  std::vector<std::vector<int32_t>> ids_;
+  std::vector<absl::Span<const int32_t>> texts_;
+  ScaleOptions options_;
+};
+
+TEST_F(ThresholdScaleTest, TheDefaultThresholdThenGivesTheDensityAndTheWorstHeadsGain) {
+  const auto scale = Fit();
+  ASSERT_TRUE(scale.ok()) << scale.status();
+  ASSERT_EQ(static_cast<int>(scale->size()), layers_);
+  torch::Tensor all = torch::empty({layers_, groups_});
+  for (int layer = 0; layer < layers_; ++layer) {
+    ASSERT_EQ(static_cast<int>((*scale)[layer].size()), groups_);
+    for (int group = 0; group < groups_; ++group) all[layer][group] = (*scale)[layer][group];
+  }
+  EXPECT_GT(all.min().item<float>(), 0.0f);
+  EXPECT_GT((all.max() / all.min()).item<float>(), 1.001f) << "a fit that does nothing";
+
+  const auto indexer = model::VsIndexer::Create(weights_, kernels::DeviceKind::kCpu);
+  ASSERT_TRUE(indexer.ok());
+  double density = 0, worst = 0, worst_before = 0;
+  for (const absl::Span<const int32_t> ids : texts_) {
+    torch::NoGradGuard no_grad;
+    const auto capture = teacher_->Run(ids, true);
+    ASSERT_TRUE(capture.ok()) << capture.status();
+    const TrueMass text = MeasureTrueMass(*teacher_, *capture, 0);
+    const auto logits = IndexerLogits(*teacher_, **indexer, *capture);
+    ASSERT_TRUE(logits.ok()) << logits.status();
+    IndexMasker masker(&teacher_->model(), &text.tiles);
+    const float threshold = attention::DefaultSelection(kTokens).threshold;
+    const auto served = Cover(text, VerticalSlash(&masker, *logits, all),
+                              torch::full({layers_, groups_}, threshold));
+    const auto before =
+        Reach(text, VerticalSlash(&masker, *logits), {-12, 16}, groups_, served->density);
+    ASSERT_TRUE(served.ok() && before.ok());
+    density += served->density / 2;
+    worst += served->covered.min().item<double>();
+    worst_before += before->covered.min().item<double>();
+  }
+  EXPECT_NEAR(density, options_.density, 0.03);
+  EXPECT_GT(worst, worst_before);
+}
+
+TEST_F(ThresholdScaleTest, AnOutputScaleMultipliesAndIsCapped) {
+  const auto plain = Fit();
+  ASSERT_TRUE(plain.ok()) << plain.status();
+  options_.output_scale.assign(layers_, std::vector<float>(groups_, 1.0f));
+  options_.output_scale[0][0] = 0.5f;
+  options_.output_scale[1][1] = 100.0f;
+  options_.output_scale_cap = 2;
+  const auto scaled = Fit();
+  ASSERT_TRUE(scaled.ok()) << scaled.status();
+  const float unit = (*scaled)[0][1] / (*plain)[0][1];
+  EXPECT_NEAR((*scaled)[0][0] / (*plain)[0][0] / unit, 0.5f, 1e-3f);
+  EXPECT_NEAR((*scaled)[1][1] / (*plain)[1][1] / unit, 2.0f, 1e-3f);
+}
+
+TEST_F(ThresholdScaleTest, BadInputIsNamed) {
+  options_.output_scale.assign(layers_ + 1, std::vector<float>(groups_, 1.0f));
+  EXPECT_THAT(std::string(Fit().status().message()), HasSubstr("layers, the model"));
+  options_.output_scale.assign(layers_, std::vector<float>(groups_ + 1, 1.0f));
+  EXPECT_THAT(std::string(Fit().status().message()), HasSubstr("groups, the model"));
+  options_.output_scale.assign(layers_, std::vector<float>(groups_, 1.0f));
+  options_.output_scale[1][0] = 0;
+  EXPECT_THAT(std::string(Fit().status().message()), HasSubstr("layer 1, group 0 is 0"));
+  texts_.clear();
+  EXPECT_EQ(Fit().status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(ReadOutputScale("/nowhere/scale.json").status().code(), absl::StatusCode::kNotFound);
 }
 
 TEST(ProgressTest, LineNamesShareAndTimeLeft) {

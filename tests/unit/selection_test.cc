@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <iterator>
 #include <limits>
 #include <random>
 #include <set>
@@ -103,9 +102,6 @@ struct Case {
            std::to_string(params.min_slash_ratio) + " cap=" + std::to_string(params.max_density);
   }
 };
-
-constexpr SelectionRule kRules[] = {SelectionRule::kMassPerCost, SelectionRule::kCumulative,
-                                    SelectionRule::kGainPerCost};
 
 enum class Shape { kNormal, kHeavy, kEqual, kSpike, kLowest, kNotFinite, kDecay };
 
@@ -260,7 +256,7 @@ TEST_P(Selection, CpuEqualsRef) {
     c.kv_tokens = n;
     c.q_start = static_cast<int64_t>(static_cast<double>(n - 1) * pick({0, 0, 0.3, 0.9, 1}));
     c.prompt_tokens = n + static_cast<int64_t>(pick({0, 0, 10, 5000}));
-    c.params.rule = kRules[rng() % std::size(kRules)];
+    c.params.rule = rng() % 2 == 0 ? SelectionRule::kMassPerCost : SelectionRule::kCumulative;
     c.params.threshold = static_cast<float>(pick({0, 0.5, 3, 10, 1000}));
     c.params.tau_vertical = static_cast<float>(pick({0, 0.3, 0.9, 0.999, 1}));
     c.params.tau_slash = static_cast<float>(pick({0, 0.3, 0.9, 0.999, 1}));
@@ -291,14 +287,14 @@ TEST(SelectionRules, DensityStaysWithinCap) {
   const int64_t n = 5000;
   std::mt19937 rng(7);
   for (Shape shape : {Shape::kNormal, Shape::kEqual, Shape::kDecay, Shape::kSpike}) {
-    for (SelectionRule rule : kRules) {
+    for (SelectionRule rule : {SelectionRule::kMassPerCost, SelectionRule::kCumulative}) {
       for (int64_t q_start : {int64_t{0}, n / 2}) {
         Case c;
         c.num_groups = 1;
         c.kv_tokens = n;
         c.q_start = q_start;
         c.params.rule = rule;
-        c.params.threshold = 0.02f;
+        c.params.threshold = 0.1f;
         c.params.max_density = 0.3f;
         c.logits = MakeLogits(shape, 1, n, rng);
         SCOPED_TRACE(c.Describe());
@@ -327,7 +323,7 @@ TEST_P(Short, KeepingEverythingCoversEachPairOnce) {
   const int64_t n = GetParam();
   std::mt19937 rng(3);
   for (int group_size : {1, 3, 8}) {
-    for (SelectionRule rule : kRules) {
+    for (SelectionRule rule : {SelectionRule::kMassPerCost, SelectionRule::kCumulative}) {
       Case c;
       c.group_size = group_size;
       c.kv_tokens = n;

@@ -120,13 +120,10 @@ void Check(const Case& c, SelectFn oracle) {
 
 std::vector<SelectionParams> AllParams() {
   std::vector<SelectionParams> all;
-  for (SelectionRule rule : {SelectionRule::kMassPerCost, SelectionRule::kGainPerCost}) {
-    for (float threshold : {0.0f, 0.7f, 3.0f, 1e9f}) {
-      SelectionParams p;
-      p.rule = rule;
-      p.threshold = threshold;
-      all.push_back(p);
-    }
+  for (float threshold : {0.0f, 0.7f, 3.0f, 1e9f}) {
+    SelectionParams p;
+    p.threshold = threshold;
+    all.push_back(p);
   }
   for (float tau : {0.0f, 0.5f, 0.95f, 1.0f}) {
     SelectionParams p;
@@ -136,8 +133,7 @@ std::vector<SelectionParams> AllParams() {
     all.push_back(p);
   }
   for (float cap : {0.01f, 0.2f, 0.5f}) {
-    for (SelectionRule rule :
-         {SelectionRule::kMassPerCost, SelectionRule::kCumulative, SelectionRule::kGainPerCost}) {
+    for (SelectionRule rule : {SelectionRule::kMassPerCost, SelectionRule::kCumulative}) {
       SelectionParams p;
       p.rule = rule;
       p.threshold = 0.5f;
@@ -182,10 +178,7 @@ TEST(SelectCuda, LongSequencesEqualTheCpu) {
   capped.max_density = 0.05f;
   SelectionParams cumulative;
   cumulative.rule = SelectionRule::kCumulative;
-  SelectionParams gain;
-  gain.rule = SelectionRule::kGainPerCost;
-  gain.threshold = 0.5f;
-  for (const SelectionParams& params : {SelectionParams{}, capped, cumulative, gain}) {
+  for (const SelectionParams& params : {SelectionParams{}, capped, cumulative}) {
     Check({2, 4, 131072, 122880, params, 1}, SelectCpu);
     Check({1, 4, kMaxSelectionTokens, kMaxSelectionTokens - 8192, params, 1}, SelectCpu);
   }
