@@ -51,6 +51,7 @@ struct ColumnBatch {
   const int32_t* columns = nullptr;  // kPaddingColumn where there is none
   int count = 0;                     // even, 1..kColumnTile
   bool masked = false;               // some row may not see some column
+  float bias_log2 = 0;               // added to every score, log2 units (attention_columns only)
 };
 
 /// Tokens [token, token + count) of one KV group.
