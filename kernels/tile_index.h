@@ -53,17 +53,17 @@ struct TileIndexView {
   constexpr int64_t num_sets() const {
     return (first_tile + num_tiles - 1) / tiles_per_set - first_tile / tiles_per_set + 1;
   }
-  const uint32_t* BlocksOf(int group, int64_t tile) const {
+  constexpr const uint32_t* BlocksOf(int group, int64_t tile) const {
     return blocks + (group * num_tiles + tile - first_tile) * block_words;
   }
-  uint32_t* BlocksOf(int group, int64_t tile) {
+  constexpr uint32_t* BlocksOf(int group, int64_t tile) {
     return blocks + (group * num_tiles + tile - first_tile) * block_words;
   }
-  const uint32_t* ColumnsOf(int group, int64_t tile) const {
+  constexpr const uint32_t* ColumnsOf(int group, int64_t tile) const {
     return columns +
            (group * num_sets() + tile / tiles_per_set - first_tile / tiles_per_set) * column_words;
   }
-  uint32_t* ColumnsOf(int group, int64_t tile) {
+  constexpr uint32_t* ColumnsOf(int group, int64_t tile) {
     return columns +
            (group * num_sets() + tile / tiles_per_set - first_tile / tiles_per_set) * column_words;
   }

@@ -3,8 +3,10 @@
 namespace vsprefill::kernels {
 
 const KernelSet* CudaKernelsOrNull() {
-  static const KernelSet set{AttentionCuda, CountPairsCuda,    SelectCuda,  IndexerCuda,
-                             RmsNormCuda,   QkvRopeAppendCuda, SiluMulCuda, AttentionSumsCuda};
+  // The other selections have no CUDA version yet.
+  static const KernelSet set{AttentionCuda,  CountPairsCuda,    SelectCuda,     IndexerCuda,
+                             RmsNormCuda,    QkvRopeAppendCuda, SiluMulCuda,    AttentionSumsCuda,
+                             PoolBlocksCuda, SelectWindowCuda,  SelectFlashCuda};
   return &set;
 }
 
