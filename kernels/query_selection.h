@@ -20,7 +20,7 @@
 // sum): of equal candidates the one with the smaller number (column, offset, block) comes first.
 // Where a rule is a threshold, equal candidates stand or fall together.
 //
-// CPU: done on return, ParallelFor inside, scratch per thread. CUDA (not all): enqueued on
+// CPU: done on return, ParallelFor inside, scratch per thread. CUDA: enqueued on
 // `stream`, no host loop over heads or blocks, no synchronisation. kUnsupportedShape: what
 // AttentionCpu refuses, q_tokens < 1, q_tokens > kv_tokens, kv_tokens > kMaxSelectionTokens,
 // prompt_tokens < kv_tokens.
@@ -39,6 +39,9 @@ struct QuerySelectionInput {
   AttentionShape shape;
   AttentionSequence sequence;  // q, k, v and their sizes; out and the indexes are unused
   int64_t prompt_tokens = 0;   // whole prompt
+  /// CUDA: device memory of at least the selection's *WorkspaceBytes, 256-byte aligned, its own
+  /// until the enqueued work is done. CPU: unused.
+  void* workspace = nullptr;
 };
 
 /// Means of the key blocks and, if v_means is not null, of the value blocks, to [num_kv_heads,
@@ -111,6 +114,12 @@ KernelStatus SelectMInferenceRef(const QuerySelectionInput&, const MInferencePar
                                  SparseIndexView*, Stream);
 KernelStatus SelectMInferenceCpu(const QuerySelectionInput&, const MInferenceParams&,
                                  SparseIndexView*, Stream);
+KernelStatus SelectMInferenceCuda(const QuerySelectionInput&, const MInferenceParams&,
+                                  SparseIndexView*, Stream);
+/// Per head: two sums per key, and a maximum and a sum for each of up to 128 rows.
+inline int64_t MInferenceWorkspaceBytes(const QuerySelectionInput& in) {
+  return int64_t{in.shape.num_q_heads} * (in.sequence.kv_tokens * 16 + 128 * 12);
+}
 
 /// FlexPrefill, per query head. P is the causal softmax of the chunk's last 128 rows, v and s its
 /// column and diagonal sums. cover(x) = 1 + the number of entries, largest first, whose running sum
@@ -130,6 +139,16 @@ using SelectFlexFn = KernelStatus (*)(const QuerySelectionInput& input, const Fl
                                       TileIndexView* index, Stream stream);
 KernelStatus SelectFlexRef(const QuerySelectionInput&, const FlexParams&, TileIndexView*, Stream);
 KernelStatus SelectFlexCpu(const QuerySelectionInput&, const FlexParams&, TileIndexView*, Stream);
+KernelStatus SelectFlexCuda(const QuerySelectionInput&, const FlexParams&, TileIndexView*, Stream);
+/// MInference's, and block means and scores: 8 bytes per pair of blocks and head.
+inline int64_t FlexWorkspaceBytes(const QuerySelectionInput& in) {
+  const int64_t heads = in.shape.num_q_heads, d = in.shape.head_dim;
+  const int64_t blocks = KeyBlocks(in.sequence.kv_tokens);
+  const int64_t means =
+      heads * (KeyBlocks(in.sequence.q_tokens) + 2);  // one tile may be cut in two
+  return MInferenceWorkspaceBytes(in) + (means + 2 * heads) * blocks * 8 + means * d * 4 +
+         in.shape.num_kv_heads * blocks * d * 4;
+}
 
 /// XAttention, per query head. Tokens are cut into strides of s; x(a, b) = scale / s * sum over
 /// t < s of dot(q[s a + s - 1 - t], k[s b + t]) sums an antidiagonal of an s x s tile, and its
@@ -149,16 +168,19 @@ KernelStatus SelectXAttentionRef(const QuerySelectionInput&, const XAttentionPar
                                  TileIndexView*, Stream);
 KernelStatus SelectXAttentionCpu(const QuerySelectionInput&, const XAttentionParams&,
                                  TileIndexView*, Stream);
+KernelStatus SelectXAttentionCuda(const QuerySelectionInput&, const XAttentionParams&,
+                                  TileIndexView*, Stream);
 
 /// AnchorAttention, per query head. `step` neighbouring row tiles are a set. Each tile reads the
-/// first `sink_blocks` blocks and all from its set's first tile on. Its anchor is the mean over its
+/// first `sink_blocks` blocks and its window: all from `window_blocks` before its set's first tile
+/// on. Its anchor is the mean over its
 /// rows of the largest logit among those; columns in between are read by the whole set where, for
 /// some tile of the chunk in it, anchor - logit(mean query, key) <= theta.
 /// Needs index->columns and tiles_per_set = step.
 /// Ref: arXiv 2505.23520.
 struct AnchorParams {
   double theta = 12;
-  int32_t sink_blocks = 1;
+  int32_t sink_blocks = 1, window_blocks = 1;
 };
 using SelectAnchorFn = KernelStatus (*)(const QuerySelectionInput& input,
                                         const AnchorParams& params, TileIndexView* index,
@@ -167,5 +189,12 @@ KernelStatus SelectAnchorRef(const QuerySelectionInput&, const AnchorParams&, Ti
                              Stream);
 KernelStatus SelectAnchorCpu(const QuerySelectionInput&, const AnchorParams&, TileIndexView*,
                              Stream);
+KernelStatus SelectAnchorCuda(const QuerySelectionInput&, const AnchorParams&, TileIndexView*,
+                              Stream);
+/// An anchor and a mean query per row tile and head.
+inline int64_t AnchorWorkspaceBytes(const QuerySelectionInput& in) {
+  return int64_t{in.shape.num_q_heads} * (KeyBlocks(in.sequence.q_tokens) + 1) *
+         (in.shape.head_dim + 1) * 4;
+}
 
 }  // namespace vsprefill::kernels

@@ -116,4 +116,11 @@ constexpr bool ReachesThreshold(uint64_t sum, double threshold, uint64_t total) 
   return static_cast<double>(sum) >= threshold * static_cast<double>(total);
 }
 
+// AnchorAttention.
+
+/// First block of the window of a set whose first row tile is given.
+constexpr int64_t AnchorWindow(const AnchorParams& params, int64_t set_first) {
+  return set_first > params.window_blocks ? set_first - params.window_blocks : 0;
+}
+
 }  // namespace vsprefill::kernels::selection

@@ -42,6 +42,7 @@ void SelectSet(const QuerySelectionInput& in, const AnchorParams& params, int he
                int64_t set_first, const selection::ChunkTiles& tiles, TileIndexView* index) {
   const AttentionSequence& s = in.sequence;
   const int d = in.shape.head_dim;
+  const int64_t window = selection::AnchorWindow(params, set_first);
   const int64_t begin = std::max(set_first, tiles.first);
   const int64_t end = std::min(set_first + index->tiles_per_set, tiles.first + tiles.count);
   QueryLanes means(end - begin, d);
@@ -50,10 +51,9 @@ void SelectSet(const QuerySelectionInput& in, const AnchorParams& params, int he
     const selection::TileRows rows = selection::RowsOf(s, tiles, t);
     uint32_t* const blocks = index->BlocksOf(head, t);
     for (int64_t b = 0; b <= t; ++b) {
-      if (b < params.sink_blocks || b >= set_first) SetBit(blocks, b);
+      if (b < params.sink_blocks || b >= window) SetBit(blocks, b);
     }
-    const int64_t candidates = set_first - params.sink_blocks;
-    if (candidates <= 0) continue;
+    if (window <= params.sink_blocks) continue;  // no columns to choose from
     anchors.push_back(Anchor(in, head, t, rows, blocks));
     float mean[cpu::kMaxHeadDim];
     cpu::MeanRow(s.q, cpu::QueryOffset(s, head, rows.begin), s.q_token_stride,
@@ -65,7 +65,7 @@ void SelectSet(const QuerySelectionInput& in, const AnchorParams& params, int he
   static thread_local std::vector<float> logits;
   logits.resize(int64_t{kKeyBlock} * means.lanes());
   uint32_t* const columns = index->ColumnsOf(head, begin);
-  for (int64_t b = params.sink_blocks; b < set_first; ++b) {
+  for (int64_t b = params.sink_blocks; b < window; ++b) {
     const int64_t first = b * kKeyBlock;
     cpu::KeyLogits(in, head / in.shape.group_size(), first, first + kKeyBlock, means,
                    logits.data());

@@ -3,10 +3,11 @@
 namespace vsprefill::kernels {
 
 const KernelSet* CudaKernelsOrNull() {
-  // The other selections have no CUDA version yet.
-  static const KernelSet set{AttentionCuda,  CountPairsCuda,    SelectCuda,     IndexerCuda,
-                             RmsNormCuda,    QkvRopeAppendCuda, SiluMulCuda,    AttentionSumsCuda,
-                             PoolBlocksCuda, SelectWindowCuda,  SelectFlashCuda};
+  static const KernelSet set{AttentionCuda,    CountPairsCuda,       SelectCuda,
+                             IndexerCuda,      RmsNormCuda,          QkvRopeAppendCuda,
+                             SiluMulCuda,      AttentionSumsCuda,    PoolBlocksCuda,
+                             SelectWindowCuda, SelectFlashCuda,      SelectMInferenceCuda,
+                             SelectFlexCuda,   SelectXAttentionCuda, SelectAnchorCuda};
   return &set;
 }
 

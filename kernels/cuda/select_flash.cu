@@ -9,21 +9,15 @@
 // Shared memory: 512 head_dim bytes of queries, 32 head_dim bytes of means, 8 bytes per block.
 #include <climits>
 
+#include "kernels/cuda/exact_dot.cuh"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/vector_io.cuh"
-#include "kernels/query_selection_math.h"
 
 namespace vsprefill::kernels {
 namespace {
 
-constexpr int kThreads = kPackedRows;
-constexpr int kMeansPerStep = 8;
-constexpr int64_t kMaxSharedBytes = 200 << 10;
+using namespace cuda;  // NOLINT(google-build-using-namespace): the vocabulary of this folder
 
-template <typename Element>
-__device__ __forceinline__ float Widen(Element x) {
-  return static_cast<float>(x);
-}
+constexpr int64_t kMaxSharedBytes = 200 << 10;
 
 struct PoolParams {
   const void* from;
@@ -58,25 +52,13 @@ struct FlashKernelParams {
   float scale;
 };
 
-template <typename T, typename Combine>
-__device__ T BlockReduce(T value, T* partial, const Combine& combine) {
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
-  }
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
-  __syncthreads();
-  for (int i = 0; i < kThreads / 32; ++i) value = i == 0 ? partial[0] : combine(value, partial[i]);
-  return value;
-}
-
 template <typename Element>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kLanes)
     SelectFlashKernel(const __grid_constant__ FlashKernelParams p) {
   extern __shared__ uint4 shared_memory[];
   auto* scores = reinterpret_cast<unsigned long long*>(shared_memory);  // [blocks of the row]
-  __shared__ float max_partial[kThreads / 32];
-  __shared__ unsigned long long best_partial[kThreads / 32];
+  __shared__ float max_partial[kLanes / 32];
+  __shared__ unsigned long long best_partial[kLanes / 32];
   const AttentionSequence& s = p.sequence;
   const int64_t tile = p.tiles.first + p.tiles.count - 1 - blockIdx.x;  // heavy ones first
   const int group = blockIdx.y;
@@ -86,41 +68,33 @@ __global__ void __launch_bounds__(kThreads)
   const bool last = selection::IsLastTile(p.params, tile, p.tiles.positions, p.prompt_tokens);
   const int64_t scored = last ? 0 : selection::ScoredBlocks(p.params, tile_first, rows.end);
   float* const queries = reinterpret_cast<float*>(scores + p.index.block_words * 32);
-  float* const means = queries + p.head_dim * kThreads;
+  float* const means = queries + p.head_dim * kLanes;
 
   const int64_t position = rows.begin + threadIdx.x / p.group_size;
   const bool live = position < rows.end;
   const int64_t head = static_cast<int64_t>(group) * p.group_size + threadIdx.x % p.group_size;
-  const Element* q = static_cast<const Element*>(s.q) +
-                     (position - (s.kv_tokens - s.q_tokens)) * s.q_token_stride +
-                     head * s.q_head_stride;
-  for (int e = 0; e < p.head_dim; ++e) {
-    queries[e * kThreads + threadIdx.x] = live ? Widen(q[e]) : 0.0f;
-  }
-  for (int64_t b = threadIdx.x; b < scored; b += kThreads) scores[b] = 0;
+  SetLane(queries,
+          static_cast<const Element*>(s.q) +
+              (position - (s.kv_tokens - s.q_tokens)) * s.q_token_stride + head * s.q_head_stride,
+          live, p.head_dim);
+  for (int64_t b = threadIdx.x; b < scored; b += kLanes) scores[b] = 0;
   const Element* k_means = static_cast<const Element*>(p.index.k_means) +
                            group / p.groups_per_kv_head * p.index.means_stride * p.head_dim;
 
   float max = -INFINITY;
+#pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
-    for (int64_t begin = 0; begin < scored; begin += kMeansPerStep) {
-      const int count = static_cast<int>(scored - begin < kMeansPerStep ? scored - begin
-                                                                        : int64_t{kMeansPerStep});
+#pragma unroll 1
+    for (int64_t begin = 0; begin < scored; begin += kRows) {
+      const int count = static_cast<int>(scored - begin < kRows ? scored - begin : int64_t{kRows});
       __syncthreads();
-      for (int i = threadIdx.x; i < kMeansPerStep * p.head_dim; i += kThreads) {
-        means[i] = i < count * p.head_dim ? Widen(k_means[begin * p.head_dim + i]) : 0.0f;
-      }
+      SetRows(means, k_means + begin * p.head_dim, p.head_dim, count, p.head_dim);
       __syncthreads();
-      float sums[kMeansPerStep] = {};
-      for (int e = 0; e < p.head_dim; ++e) {
-        const float x = queries[e * kThreads + threadIdx.x];
+      float sums[kRows] = {};
+      AddDots(sums, queries, means, p.head_dim);
 #pragma unroll
-        for (int b = 0; b < kMeansPerStep; ++b)
-          sums[b] = fmaf(x, means[b * p.head_dim + e], sums[b]);
-      }
-#pragma unroll
-      for (int b = 0; b < kMeansPerStep; ++b) {
-        const float logit = selection::Sanitize(__fmul_rn(sums[b], p.scale));
+      for (int b = 0; b < kRows; ++b) {
+        const float logit = Logit(sums[b], p.scale);
         const bool counts =
             live && b < count && position >= selection::FirstScoringRow(p.params, begin + b);
         if (pass == 0) {
@@ -141,14 +115,13 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   unsigned long long best = 0;
-  for (int64_t b = threadIdx.x; b < scored; b += kThreads)
-    best = scores[b] > best ? scores[b] : best;
+  for (int64_t b = threadIdx.x; b < scored; b += kLanes) best = scores[b] > best ? scores[b] : best;
   best = BlockReduce(best, best_partial,
                      [](unsigned long long a, unsigned long long b) { return a > b ? a : b; });
 
   uint32_t* const bits =
       p.index.blocks + (group * p.index.num_tiles + tile - p.tiles.first) * p.index.block_words;
-  for (int64_t b = threadIdx.x; b < p.index.block_words * 32; b += kThreads) {
+  for (int64_t b = threadIdx.x; b < p.index.block_words * 32; b += kLanes) {
     bool keep =
         b < visible && (last || selection::FlashForced(p.params, b, tile_first, rows.end) ||
                         (b < scored && selection::ReachesAlpha(scores[b], p.params.alpha, best)));
@@ -166,17 +139,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-bool Supported(const QuerySelectionInput& in) {
-  return in.shape.num_kv_heads > 0 && in.shape.num_q_heads % in.shape.num_kv_heads == 0 &&
-         in.shape.group_size() <= kPackedRows && in.shape.head_dim >= 1 &&
-         in.shape.head_dim <= 256 && selection::Supported(in);
-}
-
 }  // namespace
 
 KernelStatus PoolBlocksCuda(const QuerySelectionInput& in, void* k_means, void* v_means,
                             int64_t means_stride, Stream stream) {
-  if (!Supported(in)) return KernelStatus::kUnsupportedShape;
+  if (!SupportedSelection(in)) return KernelStatus::kUnsupportedShape;
   const AttentionSequence& s = in.sequence;
   const dim3 grid(static_cast<unsigned>(KeyBlocks(s.kv_tokens)), in.shape.num_kv_heads);
   PoolParams p = {s.k,          k_means,     s.kv_head_stride, s.kv_token_stride,
@@ -198,7 +165,7 @@ KernelStatus PoolBlocksCuda(const QuerySelectionInput& in, void* k_means, void* 
 
 KernelStatus SelectFlashCuda(const QuerySelectionInput& in, const FlashParams& params,
                              TileIndexView* index, Stream stream) {
-  if (!Supported(in)) return KernelStatus::kUnsupportedShape;
+  if (!SupportedSelection(in)) return KernelStatus::kUnsupportedShape;
   FlashKernelParams p;
   p.params = params;
   p.sequence = in.sequence;
@@ -211,15 +178,14 @@ KernelStatus SelectFlashCuda(const QuerySelectionInput& in, const FlashParams& p
   p.groups_per_kv_head = index->num_groups / in.shape.num_kv_heads;
   p.head_dim = in.shape.head_dim;
   p.scale = in.shape.scale;
-  const int64_t bytes =
-      index->block_words * 32 * 8 + int64_t{p.head_dim} * (kThreads + kMeansPerStep) * 4;
+  const int64_t bytes = index->block_words * 32 * 8 + SharedDotBytes(p.head_dim);
   if (bytes > kMaxSharedBytes) return KernelStatus::kUnsupportedShape;
   const bool bf16 = in.shape.dtype == DType::kBF16;
   const auto kernel = bf16 ? SelectFlashKernel<__nv_bfloat16> : SelectFlashKernel<float>;
   const KernelStatus status = cuda::AllowSharedMemory(kernel, static_cast<int>(bytes));
   if (status != KernelStatus::kOk) return status;
   const dim3 grid(static_cast<unsigned>(p.tiles.count), index->num_groups);
-  kernel<<<grid, kThreads, bytes, cuda::AsCuda(stream)>>>(p);
+  kernel<<<grid, kLanes, bytes, cuda::AsCuda(stream)>>>(p);
   return cuda::LaunchStatus();
 }
 

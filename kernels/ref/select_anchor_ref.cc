@@ -16,8 +16,9 @@ KernelStatus SelectAnchorRef(const QuerySelectionInput& in, const AnchorParams& 
     for (int64_t t = tiles.first; t < tiles.first + tiles.count; ++t) {
       const selection::TileRows rows = selection::RowsOf(s, tiles, t);
       const int64_t set_first = t / index->tiles_per_set * index->tiles_per_set;
+      const int64_t window = selection::AnchorWindow(params, set_first);
       for (int64_t b = 0; b <= t; ++b) {
-        if (b < params.sink_blocks || b >= set_first) SetBit(index->BlocksOf(head, t), b);
+        if (b < params.sink_blocks || b >= window) SetBit(index->BlocksOf(head, t), b);
       }
       float anchors = 0;
       for (int64_t i = rows.begin; i < rows.end; ++i) {
@@ -30,7 +31,7 @@ KernelStatus SelectAnchorRef(const QuerySelectionInput& in, const AnchorParams& 
       }
       const float anchor = anchors / static_cast<float>(rows.end - rows.begin);
       const ref::Vector mean = ref::MeanQuery(in, head, rows.begin, rows.end);
-      for (int64_t c = int64_t{params.sink_blocks} * kKeyBlock; c < set_first * kKeyBlock; ++c) {
+      for (int64_t c = int64_t{params.sink_blocks} * kKeyBlock; c < window * kKeyBlock; ++c) {
         const float logit = ref::Logit(in, mean, ref::Key(in, head, c));
         if (double{anchor} - double{logit} <= params.theta) SetBit(index->ColumnsOf(head, t), c);
       }

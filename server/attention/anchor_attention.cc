@@ -13,14 +13,15 @@ class AnchorAttention : public SparseMethod {
       : SparseMethod("anchor_attention", context, parameters) {
     params_.theta = number("theta");
     params_.sink_blocks = static_cast<int32_t>(kernels::KeyBlocks(whole("sink_tokens")));
+    params_.window_blocks = static_cast<int32_t>(kernels::KeyBlocks(whole("window_tokens")));
   }
 
  protected:
   absl::Status Select(const AttentionCall& call, size_t i) override {
+    VSP_ASSIGN_OR_RETURN(const auto input, QueryInput(call, i, kernels::AnchorWorkspaceBytes));
     VSP_ASSIGN_OR_RETURN(
         auto* index, NewTiles(call, i, call.shape.num_q_heads, {.tiles_per_set = whole("step")}));
-    return Checked(kernels().select_anchor(QueryInput(call, i), params_, index, call.stream), call,
-                   i);
+    return Checked(kernels().select_anchor(input, params_, index, call.stream), call, i);
   }
 
  private:
@@ -41,6 +42,8 @@ MethodSpec AnchorAttentionSpec() {
        true},
       {"sink_tokens", 128, 0, kMaxTokens, "first tokens that every row reads, in blocks of 128",
        true},
+      {"window_tokens", 128, 0, kMaxTokens,
+       "where the window begins before the set's first row, in blocks of 128", true},
   };
   AddDenseParameters(spec, 0);
   spec.runs_on = [](const kernels::KernelSet& k) { return k.select_anchor != nullptr; };

@@ -29,7 +29,7 @@ class FlashPrefill : public SparseMethod {
   absl::Status Select(const AttentionCall& call, size_t i) override {
     const int groups = per_head_ ? call.shape.num_q_heads : call.shape.num_kv_heads;
     VSP_ASSIGN_OR_RETURN(auto* index, NewTiles(call, i, groups, {.means = true}));
-    const kernels::QuerySelectionInput input = QueryInput(call, i);
+    VSP_ASSIGN_OR_RETURN(const auto input, QueryInput(call, i));
     // The index's memory is this method's.
     VSP_RETURN_IF_ERROR(Checked(
         kernels().pool_blocks(input, const_cast<void*>(index->k_means),

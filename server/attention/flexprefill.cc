@@ -23,9 +23,9 @@ class FlexPrefill : public SparseMethod {
 
  protected:
   absl::Status Select(const AttentionCall& call, size_t i) override {
+    VSP_ASSIGN_OR_RETURN(const auto input, QueryInput(call, i, kernels::FlexWorkspaceBytes));
     VSP_ASSIGN_OR_RETURN(auto* index, NewTiles(call, i, call.shape.num_q_heads, {}));
-    return Checked(kernels().select_flex(QueryInput(call, i), params_, index, call.stream), call,
-                   i);
+    return Checked(kernels().select_flex(input, params_, index, call.stream), call, i);
   }
 
  private:

@@ -22,9 +22,9 @@ class MInference : public SparseMethod {
 
  protected:
   absl::Status Select(const AttentionCall& call, size_t i) override {
+    VSP_ASSIGN_OR_RETURN(const auto input, QueryInput(call, i, kernels::MInferenceWorkspaceBytes));
     VSP_ASSIGN_OR_RETURN(auto* index, NewVerticalSlash(call, i, call.shape.num_q_heads));
-    return Checked(kernels().select_minference(QueryInput(call, i), params_, index, call.stream),
-                   call, i);
+    return Checked(kernels().select_minference(input, params_, index, call.stream), call, i);
   }
 
  private:

@@ -74,8 +74,21 @@ absl::Status SparseMethod::Attend(const AttentionCall& call) {
   return Execute(context_, call);
 }
 
-kernels::QuerySelectionInput SparseMethod::QueryInput(const AttentionCall& call, size_t i) {
-  return {call.shape, call.sequences[i].attention, call.sequences[i].prompt_tokens};
+absl::StatusOr<kernels::QuerySelectionInput> SparseMethod::QueryInput(
+    const AttentionCall& call, size_t i,
+    int64_t (*workspace_bytes)(const kernels::QuerySelectionInput&)) {
+  kernels::QuerySelectionInput input = {call.shape, call.sequences[i].attention,
+                                        call.sequences[i].prompt_tokens};
+  const bool cuda = context_.allocator->device() == kernels::DeviceKind::kCuda;
+  if (workspace_bytes == nullptr || !cuda) return input;
+  if (workspace_.bytes() < workspace_bytes(input)) {
+    // For the whole prompt at once, so that later chunks fit.
+    kernels::QuerySelectionInput last = input;
+    last.sequence.kv_tokens = std::max(last.sequence.kv_tokens, last.prompt_tokens);
+    VSP_ASSIGN_OR_RETURN(workspace_, Buffer::Create(*context_.allocator, workspace_bytes(last)));
+  }
+  input.workspace = workspace_.data();
+  return input;
 }
 
 absl::Status SparseMethod::Checked(kernels::KernelStatus status, const AttentionCall& call,

@@ -40,8 +40,11 @@ class SparseMethod : public AttentionMethod {
   int dense_layers() const { return dense_layers_; }
   void KeepDenseBelow(int64_t tokens) { dense_below_ = std::max(dense_below_, tokens); }
 
-  /// What selections that look at queries and keys need.
-  static kernels::QuerySelectionInput QueryInput(const AttentionCall& call, size_t i);
+  /// What selections that look at queries and keys need; `workspace_bytes` is the kernel's function
+  /// for those that want a workspace.
+  absl::StatusOr<kernels::QuerySelectionInput> QueryInput(
+      const AttentionCall& call, size_t i,
+      int64_t (*workspace_bytes)(const kernels::QuerySelectionInput&) = nullptr);
   /// Turns a selection kernel's outcome into a Status that names this method and the shapes.
   absl::Status Checked(kernels::KernelStatus status, const AttentionCall& call, size_t i) const;
 
@@ -74,6 +77,7 @@ class SparseMethod : public AttentionMethod {
   int dense_layers_ = 0;
   int64_t dense_below_ = 0;
   std::vector<std::unique_ptr<Index>> indexes_;  // per sequence of a batch
+  Buffer workspace_;
 };
 
 /// Largest value of a parameter that counts tokens.

@@ -13,11 +13,11 @@ class StreamingLlm : public SparseMethod {
 
  protected:
   absl::Status Select(const AttentionCall& call, size_t i) override {
+    VSP_ASSIGN_OR_RETURN(const auto input, QueryInput(call, i));
     VSP_ASSIGN_OR_RETURN(auto* index, NewVerticalSlash(call, i, call.shape.num_kv_heads));
-    return Checked(
-        kernels().select_window(QueryInput(call, i), {whole("sink_tokens"), whole("window_tokens")},
-                                index, call.stream),
-        call, i);
+    return Checked(kernels().select_window(input, {whole("sink_tokens"), whole("window_tokens")},
+                                           index, call.stream),
+                   call, i);
   }
 };
 

@@ -13,11 +13,11 @@ class XAttention : public SparseMethod {
 
  protected:
   absl::Status Select(const AttentionCall& call, size_t i) override {
+    VSP_ASSIGN_OR_RETURN(const auto input, QueryInput(call, i));
     VSP_ASSIGN_OR_RETURN(auto* index, NewTiles(call, i, call.shape.num_q_heads, {}));
-    return Checked(
-        kernels().select_xattention(QueryInput(call, i), {whole("stride"), number("threshold")},
-                                    index, call.stream),
-        call, i);
+    return Checked(kernels().select_xattention(input, {whole("stride"), number("threshold")}, index,
+                                               call.stream),
+                   call, i);
   }
 };
 

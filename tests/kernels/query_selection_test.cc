@@ -286,9 +286,9 @@ TEST_P(QuerySelectionTest, AnchorIsTheReferences) {
   for (const Case& c : Cases()) {
     const Problem p(c);
     for (const auto& [params, step] : {std::pair{AnchorParams{2, 1}, 1},
-                                       {AnchorParams{3, 0}, 2},
+                                       {AnchorParams{3, 0, 0}, 2},
                                        {AnchorParams{12, 1}, 16},
-                                       {AnchorParams{1, 3}, 1}}) {
+                                       {AnchorParams{1, 3, 2}, 1}}) {
       Tiles expected(p.input(), true, step), actual(p.input(), true, step);
       ASSERT_EQ(SelectAnchorRef(p.input(), params, &expected.view, nullptr), kOk);
       ASSERT_EQ(SelectAnchorCpu(p.input(), params, &actual.view, nullptr), kOk);
@@ -389,7 +389,7 @@ TEST(QuerySelectionRules, ParametersThatKeepEverything) {
   ASSERT_EQ(SelectXAttentionCpu(p.input(), {8, 1}, &x.view, nullptr), kOk);
   EXPECT_EQ(x.Kept(), all);
   Tiles anchor(p.input(), true, 1);
-  ASSERT_EQ(SelectAnchorCpu(p.input(), {1e6, 0}, &anchor.view, nullptr), kOk);
+  ASSERT_EQ(SelectAnchorCpu(p.input(), {1e6, 0, 0}, &anchor.view, nullptr), kOk);
   EXPECT_EQ(CountBits(anchor.view.ColumnsOf(0, 3), 500), 3 * kKeyBlock);
 }
 

@@ -178,42 +178,131 @@ std::vector<AttentionCase> SelectionCases() {
   return cases;
 }
 
+/// A vertical-slash index on the host and on the device, garbage before they are filled.
+class Lists {
+ public:
+  Lists(int groups, int row_tile, int64_t kv_tokens) {
+    host.vertical_stride = kv_tokens + 3;
+    host.band_stride = BandWords(kv_tokens, row_tile) + 1;
+    host.band_list_stride = BandBlocks(kv_tokens, row_tile) + 2;
+    device = host;
+    Both(groups * host.vertical_stride, &host.verticals, &device.verticals);
+    Both(groups, &host.num_verticals, &device.num_verticals);
+    Both(groups * host.band_stride, &host.band_bits, &device.band_bits);
+    Both(groups * host.band_list_stride, &host.bands, &device.bands);
+    Both(groups, &host.num_bands, &device.num_bands);
+  }
+  void ExpectEqual(const std::string& what) const {
+    for (size_t i = 0; i < host_.size(); ++i) {
+      EXPECT_EQ(device_[i].Download<int32_t>(), host_[i]) << what << ", list " << i;
+    }
+    EXPECT_EQ(device.num_groups, host.num_groups) << what;
+  }
+  SparseIndexView host, device;
+
+ private:
+  template <typename T>
+  void Both(int64_t count, T** on_host, T** on_device) {
+    host_.emplace_back(count, -7);
+    device_.emplace_back(host_.back());
+    *on_host = reinterpret_cast<T*>(host_.back().data());
+    *on_device = device_.back().template as<T>();
+  }
+  std::vector<std::vector<int32_t>> host_;
+  std::vector<DeviceBuffer> device_;
+};
+
 TEST(TileIndexCuda, WindowEqualsTheCpu) {
   for (const AttentionCase& c : SelectionCases()) {
     const DeviceProblem p(c, DType::kF32);
-    const int row_tile = RowTilePositions(p.shape().group_size());
-    const int groups = c.kv_heads;
-    SparseIndexView view;
-    view.vertical_stride = c.kv_tokens + 3;
-    view.band_stride = BandWords(c.kv_tokens, row_tile) + 1;
-    view.band_list_stride = BandBlocks(c.kv_tokens, row_tile) + 2;
-    std::vector<int32_t> verticals(groups * view.vertical_stride, -7),
-        bands(groups * view.band_list_stride, -7), num_verticals(groups), num_bands(groups);
-    std::vector<uint32_t> bits(groups * view.band_stride, 7);
-    DeviceBuffer on_device[] = {DeviceBuffer(verticals), DeviceBuffer(num_verticals),
-                                DeviceBuffer(bits), DeviceBuffer(bands), DeviceBuffer(num_bands)};
-    SparseIndexView device = view;
-    view.verticals = verticals.data();
-    view.num_verticals = num_verticals.data();
-    view.band_bits = bits.data();
-    view.bands = bands.data();
-    view.num_bands = num_bands.data();
-    device.verticals = on_device[0].as<int32_t>();
-    device.num_verticals = on_device[1].as<int32_t>();
-    device.band_bits = on_device[2].as<uint32_t>();
-    device.bands = on_device[3].as<int32_t>();
-    device.num_bands = on_device[4].as<int32_t>();
-    ASSERT_EQ(SelectWindowCpu(Input(p.shape(), p.host), {5, 200}, &view, nullptr),
+    Lists lists(c.kv_heads, RowTilePositions(p.shape().group_size()), c.kv_tokens);
+    ASSERT_EQ(SelectWindowCpu(Input(p.shape(), p.host), {5, 200}, &lists.host, nullptr),
               KernelStatus::kOk);
-    ASSERT_EQ(SelectWindowCuda(Input(p.shape(), p.device), {5, 200}, &device, nullptr),
+    ASSERT_EQ(SelectWindowCuda(Input(p.shape(), p.device), {5, 200}, &lists.device, nullptr),
               KernelStatus::kOk);
     ASSERT_TRUE(testing::Synchronize());
-    EXPECT_EQ(on_device[0].Download<int32_t>(), verticals) << c.ToString();
-    EXPECT_EQ(on_device[1].Download<int32_t>(), num_verticals) << c.ToString();
-    EXPECT_EQ(on_device[2].Download<uint32_t>(), bits) << c.ToString();
-    EXPECT_EQ(on_device[3].Download<int32_t>(), bands) << c.ToString();
-    EXPECT_EQ(on_device[4].Download<int32_t>(), num_bands) << c.ToString();
+    lists.ExpectEqual(c.ToString());
   }
+}
+
+TEST(TileIndexCuda, MInferenceEqualsTheCpu) {
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    for (const AttentionCase& c : SelectionCases()) {
+      for (const MInferenceParams& params : {MInferenceParams{}, MInferenceParams{40, 60},
+                                             MInferenceParams{0, 150, 128, 5, 50, 0, 50}}) {
+        const DeviceProblem p(c, dtype);
+        Lists lists(c.q_heads, RowTilePositions(1), c.kv_tokens);
+        QuerySelectionInput input = Input(p.shape(), p.device);
+        const DeviceBuffer workspace(MInferenceWorkspaceBytes(input));
+        input.workspace = workspace.data();
+        ASSERT_EQ(SelectMInferenceCpu(Input(p.shape(), p.host), params, &lists.host, nullptr),
+                  KernelStatus::kOk);
+        ASSERT_EQ(SelectMInferenceCuda(input, params, &lists.device, nullptr), KernelStatus::kOk);
+        ASSERT_TRUE(testing::Synchronize());
+        lists.ExpectEqual(c.ToString());
+      }
+    }
+  }
+}
+
+/// Runs a selection that fills a per-head block-sparse index on both sides and compares.
+template <typename Params>
+void ExpectSameBlocks(KernelStatus (*on_host)(const QuerySelectionInput&, const Params&,
+                                              TileIndexView*, Stream),
+                      KernelStatus (*on_device)(const QuerySelectionInput&, const Params&,
+                                                TileIndexView*, Stream),
+                      int64_t (*workspace_bytes)(const QuerySelectionInput&), const Params& params,
+                      int64_t tiles_per_set = 1) {
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    for (const AttentionCase& c : SelectionCases()) {
+      const DeviceProblem p(c, dtype);
+      const selection::ChunkTiles tiles = selection::TilesOf(p.host, 1);
+      TileIndexView view;
+      view.num_groups = c.q_heads;
+      view.first_tile = tiles.first;
+      view.num_tiles = tiles.count;
+      view.block_words = KeyBlockWords(c.kv_tokens) + 1;
+      view.column_words = (c.kv_tokens + 31) / 32 + 1;
+      view.tiles_per_set = tiles_per_set;
+      std::vector<uint32_t> blocks(c.q_heads * tiles.count * view.block_words, 7);
+      std::vector<uint32_t> columns(c.q_heads * view.num_sets() * view.column_words, 7);
+      const DeviceBuffer blocks_device(blocks), columns_device(columns);
+      TileIndexView device = view;
+      view.blocks = blocks.data();
+      view.columns = columns.data();
+      device.blocks = blocks_device.as<uint32_t>();
+      device.columns = columns_device.as<uint32_t>();
+      QuerySelectionInput input = Input(p.shape(), p.device);
+      const DeviceBuffer workspace(workspace_bytes == nullptr ? 0 : workspace_bytes(input));
+      input.workspace = workspace.data();
+      ASSERT_EQ(on_host(Input(p.shape(), p.host), params, &view, nullptr), KernelStatus::kOk);
+      ASSERT_EQ(on_device(input, params, &device, nullptr), KernelStatus::kOk);
+      ASSERT_TRUE(testing::Synchronize());
+      EXPECT_EQ(blocks_device.Download<uint32_t>(), blocks) << c.ToString();
+      EXPECT_EQ(columns_device.Download<uint32_t>(), columns) << c.ToString();
+    }
+  }
+}
+
+TEST(TileIndexCuda, FlexEqualsTheCpu) {
+  for (const FlexParams& params : {FlexParams{0.9, 0.1, 128}, FlexParams{0.5, 1.0, 1},
+                                   FlexParams{0.7, 0, 1, 256}, FlexParams{1, 0.3, 1}}) {
+    ExpectSameBlocks(SelectFlexCpu, SelectFlexCuda, FlexWorkspaceBytes, params);
+  }
+}
+
+TEST(TileIndexCuda, XAttentionEqualsTheCpu) {
+  for (const XAttentionParams& params : {XAttentionParams{}, XAttentionParams{4, 0.5},
+                                         XAttentionParams{64, 0.7}, XAttentionParams{16, 1}}) {
+    ExpectSameBlocks(SelectXAttentionCpu, SelectXAttentionCuda, nullptr, params);
+  }
+}
+
+TEST(TileIndexCuda, AnchorEqualsTheCpu) {
+  ExpectSameBlocks(SelectAnchorCpu, SelectAnchorCuda, AnchorWorkspaceBytes, AnchorParams{6, 1, 0});
+  ExpectSameBlocks(SelectAnchorCpu, SelectAnchorCuda, AnchorWorkspaceBytes, AnchorParams{9, 1, 1},
+                   2);
+  ExpectSameBlocks(SelectAnchorCpu, SelectAnchorCuda, AnchorWorkspaceBytes, AnchorParams{}, 16);
 }
 
 TEST(TileIndexCuda, FlashEqualsTheCpu) {
