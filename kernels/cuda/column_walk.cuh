@@ -104,6 +104,21 @@ __device__ __forceinline__ int Candidate(const ColumnWalk& walk, int i, bool* ke
   return i;
 }
 
+/// The first half of a selected block at or after next_half; at least num_halves: there is none.
+__device__ __forceinline__ int NextHalf(const ColumnWalk& walk) {
+  const int half = walk.next_half;
+  if (half >= walk.num_halves) return half;
+  int block = half / 2;
+  uint32_t word = walk.blocks[block / 32] >> (block % 32);
+  if (word & 1) return half;
+  while (word == 0) {
+    block = (block / 32 + 1) * 32;
+    if (block * 2 >= walk.num_halves) return walk.num_halves;
+    word = walk.blocks[block / 32];
+  }
+  return (block + __ffs(word) - 1) * 2;
+}
+
 /// Produces the next tile into *out. Called by all 32 lanes of one warp.
 __device__ __forceinline__ void NextTile(ColumnWalk& walk, ColumnTile* out) {
   const int lane = threadIdx.x & 31;
@@ -125,8 +140,7 @@ __device__ __forceinline__ void NextTile(ColumnWalk& walk, ColumnTile* out) {
     // Blocks ascend: the others lie left of column 0, too.
     if (lane == 0) walk.next_band = walk.num_bands;
   }
-  int half = walk.next_half;
-  while (half < walk.num_halves && !TestBit(walk.blocks, half / 2)) ++half;
+  const int half = NextHalf(walk);
   if (half < walk.num_halves) {
     __syncwarp();
     if (lane == 0) {
@@ -139,33 +153,35 @@ __device__ __forceinline__ void NextTile(ColumnWalk& walk, ColumnTile* out) {
   }
   int head = walk.ring_head, queued = walk.ring_count;
   int next = walk.next_vertical;
-  if (walk.source == kSingleColumns && queued == 0 && next >= walk.num_verticals) {
+  for (;;) {
+    while (queued < 64 && next < walk.num_verticals) {
+      int column[4];
+      bool keep[4];
+#pragma unroll
+      for (int u = 0; u < 4; ++u) column[u] = Candidate(walk, next + u * 32 + lane, &keep[u]);
+      next += 128;
+      // Candidates ascend: behind a column right of the row tile nothing is visible.
+      if (__any_sync(0xffffffffu, column[3] > last)) next = max(next, walk.num_verticals);
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        const uint32_t kept = __ballot_sync(0xffffffffu, keep[u]);
+        if (keep[u]) {
+          const int before = __popc(kept & ((1u << lane) - 1));
+          walk.ring[(head + queued + before) & (ColumnWalk::kRing - 1)] = column[u];
+        }
+        queued += __popc(kept);
+      }
+    }
+    // Means have a tile of their own: not before the last columns have gone.
+    if (queued > 0 || walk.source != kSingleColumns) break;
     __syncwarp();
     if (lane == 0) {
-      walk.next_half = half;
+      walk.next_half = walk.num_halves;
       walk.source = kMeans;
       walk.num_verticals = walk.num_means;
     }
     __syncwarp();
     next = 0;
-  }
-  while (queued < 64 && next < walk.num_verticals) {
-    int column[4];
-    bool keep[4];
-#pragma unroll
-    for (int u = 0; u < 4; ++u) column[u] = Candidate(walk, next + u * 32 + lane, &keep[u]);
-    next += 128;
-    // Candidates ascend: behind a column right of the row tile nothing is visible.
-    if (__any_sync(0xffffffffu, column[3] > last)) next = max(next, walk.num_verticals);
-#pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      const uint32_t kept = __ballot_sync(0xffffffffu, keep[u]);
-      if (keep[u]) {
-        const int before = __popc(kept & ((1u << lane) - 1));
-        walk.ring[(head + queued + before) & (ColumnWalk::kRing - 1)] = column[u];
-      }
-      queued += __popc(kept);
-    }
   }
   __syncwarp();
   if (lane == 0) {

@@ -227,31 +227,33 @@ TEST_P(AttentionTest, LargeScores) {
 
 // Element offsets past 2^31: heads that lie far apart in reserved, mostly untouched memory.
 TEST_P(AttentionTest, OffsetsBeyond32Bits) {
-  const AttentionCase c{2, 2, 64, 70, 70, Selection::kMixed};
-  const AttentionProblem problem(c, dtype());
-  const int64_t head_stride = (int64_t{1} << 31) + 4096;
-  const size_t bytes = static_cast<size_t>((head_stride + 70 * 64) * SizeOf(dtype()));
-  void* const region = mmap(nullptr, 2 * bytes, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (region == MAP_FAILED) GTEST_SKIP() << "no address space for " << 2 * bytes << " bytes";
-  const auto far = [&](const void* tight, char* base) {
-    const int64_t head_bytes = problem.sequence().kv_head_stride * SizeOf(dtype());
-    for (int64_t head = 0; head < 2; ++head) {
-      std::memcpy(base + head * head_stride * SizeOf(dtype()),
-                  static_cast<const char*>(tight) + head * head_bytes, head_bytes);
-    }
-    return base;
-  };
-  Tensor expected(0, dtype()), out(0, dtype());
-  AttentionSequence s = problem.Writing(&expected);
-  ASSERT_EQ(AttentionRef(problem.shape(), &s, 1, nullptr), KernelStatus::kOk);
-  s = problem.Writing(&out);
-  s.k = far(s.k, static_cast<char*>(region));
-  s.v = far(s.v, static_cast<char*>(region) + bytes);
-  s.kv_head_stride = head_stride;
-  EXPECT_EQ(AttentionCpu(problem.shape(), &s, 1, nullptr), KernelStatus::kOk);
-  EXPECT_TRUE(Near(out, expected, AttentionTolerance(dtype()), c.ToString()));
-  munmap(region, 2 * bytes);
+  for (const Selection selection : {Selection::kMixed, Selection::kBlocks}) {
+    const AttentionCase c{2, 2, 64, 70, 70, selection};
+    const AttentionProblem problem(c, dtype());
+    const int64_t head_stride = (int64_t{1} << 31) + 4096;
+    const size_t bytes = static_cast<size_t>((head_stride + 70 * 64) * SizeOf(dtype()));
+    void* const region = mmap(nullptr, 2 * bytes, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (region == MAP_FAILED) GTEST_SKIP() << "no address space for " << 2 * bytes << " bytes";
+    const auto far = [&](const void* tight, char* base) {
+      const int64_t head_bytes = problem.sequence().kv_head_stride * SizeOf(dtype());
+      for (int64_t head = 0; head < 2; ++head) {
+        std::memcpy(base + head * head_stride * SizeOf(dtype()),
+                    static_cast<const char*>(tight) + head * head_bytes, head_bytes);
+      }
+      return base;
+    };
+    Tensor expected(0, dtype()), out(0, dtype());
+    AttentionSequence s = problem.Writing(&expected);
+    ASSERT_EQ(AttentionRef(problem.shape(), &s, 1, nullptr), KernelStatus::kOk);
+    s = problem.Writing(&out);
+    s.k = far(s.k, static_cast<char*>(region));
+    s.v = far(s.v, static_cast<char*>(region) + bytes);
+    s.kv_head_stride = head_stride;
+    EXPECT_EQ(AttentionCpu(problem.shape(), &s, 1, nullptr), KernelStatus::kOk);
+    EXPECT_TRUE(Near(out, expected, AttentionTolerance(dtype()), c.ToString()));
+    munmap(region, 2 * bytes);
+  }
 }
 
 TEST_P(AttentionTest, UnsupportedShapesAreRefused) {

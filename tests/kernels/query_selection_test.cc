@@ -4,8 +4,10 @@
 #include "kernels/query_selection.h"
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <string>
@@ -412,6 +414,44 @@ TEST(QuerySelectionRules, BadSizesAreRefused) {
   EXPECT_EQ(SelectFlashCpu(in, {}, &tiles.view, nullptr), kRefused);
   in.sequence.q_tokens = 51;
   EXPECT_EQ(SelectFlashCpu(in, {}, &tiles.view, nullptr), kRefused);
+}
+
+// Keys of different heads more than 2^31 elements apart, in reserved, mostly untouched memory.
+TEST(QuerySelectionRules, OffsetsBeyond32Bits) {
+  const Problem p({2, 2, 200, 300, 300, false, DType::kF32});
+  const int64_t head = p.input().sequence.kv_head_stride * 4, far = (int64_t{1} << 33) + 4096;
+  void* const region = mmap(nullptr, far + head, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (region == MAP_FAILED) GTEST_SKIP() << "no address space for " << far << " bytes";
+  QuerySelectionInput in = p.input();
+  for (int64_t i = 0; i < 2; ++i) {
+    std::memcpy(static_cast<char*>(region) + i * far,
+                static_cast<const char*>(in.sequence.k) + i * head, head);
+  }
+  in.sequence.k = in.sequence.v = region;
+  in.sequence.kv_head_stride = far / 4;
+  const auto expect_same = [&](const auto& select) {
+    Tiles near_tiles(p.input(), true, 1), far_tiles(in, true, 1);
+    ASSERT_EQ(select(p.input(), &near_tiles), kOk);
+    ASSERT_EQ(select(in, &far_tiles), kOk);
+    EXPECT_EQ(far_tiles.blocks, near_tiles.blocks);
+  };
+  expect_same([](const QuerySelectionInput& input, Tiles* tiles) {
+    const KernelStatus status =
+        PoolBlocksCpu(input, tiles->k_means.data(), nullptr, tiles->view.means_stride, nullptr);
+    return status != kOk ? status
+                         : SelectFlashCpu(input, {0.9, true, 0, 1, 0, 0}, &tiles->view, nullptr);
+  });
+  expect_same([](const QuerySelectionInput& input, Tiles* tiles) {
+    return SelectFlexCpu(input, {0.3, 0.5, 1}, &tiles->view, nullptr);
+  });
+  expect_same([](const QuerySelectionInput& input, Tiles* tiles) {
+    return SelectXAttentionCpu(input, {8, 0.5}, &tiles->view, nullptr);
+  });
+  expect_same([](const QuerySelectionInput& input, Tiles* tiles) {
+    return SelectAnchorCpu(input, {1, 0, 0}, &tiles->view, nullptr);
+  });
+  munmap(region, far + head);
 }
 
 INSTANTIATE_TEST_SUITE_P(AllIsas, QuerySelectionTest, ::testing::ValuesIn(kAllIsas),
