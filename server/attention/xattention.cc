@@ -32,7 +32,7 @@ MethodSpec XAttentionSpec() {
        8,
        4,
        64,
-       "width of the summed tiles: less is more exact and slower",
+       "4, 8, 16, 32 or 64, width of the summed tiles: less is more exact and slower",
        true,
        {4, 8, 16, 32, 64}},
       {"threshold", 0.9, 0, 1, "share of the estimated attention to cover in each row of blocks"},
