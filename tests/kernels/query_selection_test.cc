@@ -377,6 +377,27 @@ TEST(QuerySelectionRules, TiesGoToTheSmallerNumber) {
   EXPECT_EQ(*flash.view.BlocksOf(0, 3), 0b1111u);
 }
 
+TEST(QuerySelectionRules, FlexTiesGoToTheSmallerNumber) {
+  // All scores are equal: what the last rows all see has equal sums, blocks 0 to 3.
+  const int64_t n = 700;
+  Tensor q(n * 16, DType::kF32), k(n * 16, DType::kF32);
+  QuerySelectionInput in;
+  in.shape = {1, 1, 16, DType::kF32, 0.25f};
+  in.sequence.q = q.data();
+  in.sequence.k = k.data();
+  in.sequence.q_token_stride = in.sequence.kv_token_stride = 16;
+  in.sequence.q_tokens = in.sequence.kv_tokens = in.prompt_tokens = n;
+  Tiles slashed(in, true), aware(in, true);
+  ASSERT_EQ(SelectFlexCpu(in, {0.01, 0, 256}, &slashed.view, nullptr), kOk);
+  EXPECT_EQ(*slashed.view.BlocksOf(0, 5), 0b110011u);  // columns 0 and 1, offsets 0 and 1
+  // Pairs of block rows: 1, twice 1/2, three times 1/3, four times 1/4 ...; 3.6 of 6 rows end
+  // inside of row 3, after two of its four. Its own block is read anyway.
+  ASSERT_EQ(SelectFlexCpu(in, {0.6, 1, 1}, &aware.view, nullptr), kOk);
+  EXPECT_EQ(*aware.view.BlocksOf(0, 2), 0b111u);
+  EXPECT_EQ(*aware.view.BlocksOf(0, 3), 0b1011u);
+  EXPECT_EQ(*aware.view.BlocksOf(0, 4), 0b10001u);
+}
+
 TEST(QuerySelectionRules, ParametersThatKeepEverything) {
   const Problem p({2, 1, 300, 500, 500});
   const int64_t all = 2 * (2 + 3 + 4);  // row tiles 1, 2, 3 of two heads
