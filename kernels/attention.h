@@ -1,4 +1,5 @@
-// Causal attention over a KV cache, dense or vertical-slash: host API of all implementations.
+// Causal attention over a KV cache, dense, vertical-slash or block-sparse: host API of all
+// implementations.
 //
 // Implementations: kernels/ref (naive, float64, the oracle), kernels/cpu (threaded, vectorised,
 // chosen at run time: AVX2, AVX-512, AVX-512 bf16), kernels/cuda (tensor cores, sm_80+). All agree
@@ -9,6 +10,7 @@
 
 #include "kernels/sparse_index.h"
 #include "kernels/tensor_view.h"
+#include "kernels/tile_index.h"
 
 namespace vsprefill::kernels {
 
@@ -32,29 +34,48 @@ struct AttentionSequence {
   int64_t out_token_stride = 0, out_head_stride = 0;
   int64_t q_tokens = 0;
   int64_t kv_tokens = 0;  // query i stands at position kv_tokens - q_tokens + i
-  /// Null: dense causal attention.
+  /// At most one of them; both null: dense causal attention. Either may be per KV group
+  /// (num_groups == num_kv_heads) or per query head (num_groups == num_q_heads).
   const SparseIndexView* index = nullptr;
+  const TileIndexView* tiles = nullptr;
+  bool dense() const { return index == nullptr && tiles == nullptr; }
 };
+
+/// Index groups of a sequence: sets of query heads that read the same keys and share row tiles.
+inline int IndexGroups(const AttentionShape& shape, const AttentionSequence& s) {
+  if (s.index != nullptr) return s.index->num_groups;
+  if (s.tiles != nullptr) return s.tiles->num_groups;
+  return shape.num_kv_heads;
+}
+
+/// Whether the sequence's index, if any, is per KV group or per query head.
+inline bool SupportedIndex(const AttentionShape& shape, const AttentionSequence& s) {
+  const int groups = IndexGroups(shape, s);
+  return (groups == shape.num_kv_heads || groups == shape.num_q_heads) &&
+         (s.index == nullptr || s.tiles == nullptr);
+}
 
 /// Sums over rows and query heads, for density = unmasked / dense and cost_ratio = multiplied /
 /// dense (dense: q_heads * sum over rows of visible keys).
 struct PairCounts {
-  int64_t unmasked = 0;    // (query, key) pairs that enter a softmax
-  int64_t multiplied = 0;  // pairs that the kernel multiplies, padding and masked ones included
+  int64_t unmasked = 0;  // (query, key) pairs that enter a softmax; pseudo-keys do not count
+  int64_t multiplied =
+      0;  // pairs that the kernel multiplies; padding, masked and pseudo-keys count
   int64_t dense = 0;
-  // What the index holds: sums over KV groups and calls; all 0 for dense attention.
-  int64_t indexes = 0;           // (call, KV group) pairs that had an index
+  // What vertical-slash indexes hold: sums over index groups and calls; 0 without such an index.
+  int64_t indexes = 0;           // (call, index group) pairs that had one
   int64_t vertical_columns = 0;  // selected columns
   int64_t slash_diagonals = 0;   // selected distances, kBandBlock per band
 };
 
 /// out = softmax(scale * q k^T + causal mask + index mask) v for each of `num_sequences` sequences.
-/// A row that may see no key cannot occur (each row sees itself through the local band or density).
+/// A row that may see no key cannot occur (each row sees itself through the local band, its own
+/// block or density).
 /// `sequences` is host memory in every implementation; the pointers in it are device memory for
 /// CUDA. CPU: returns when done, uses ParallelFor (kernels/cpu/parallel.h). CUDA: enqueues on
 /// `stream`, does not synchronise; one launch per 16 sequences; pointers 16-byte aligned, strides
 /// multiples of 16 bytes, else kUnsupportedShape; the result does not depend on chunking or
-/// batching.
+/// batching. An index whose num_groups is neither head count: kUnsupportedShape.
 using AttentionFn = KernelStatus (*)(const AttentionShape& shape,
                                      const AttentionSequence* sequences, int num_sequences,
                                      Stream stream);

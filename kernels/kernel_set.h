@@ -5,6 +5,7 @@
 #include "kernels/distill.h"
 #include "kernels/indexer.h"
 #include "kernels/layer_ops.h"
+#include "kernels/query_selection.h"
 #include "kernels/selection.h"
 
 namespace vsprefill::kernels {
@@ -18,6 +19,14 @@ struct KernelSet {
   KernelStatus (*qkv_rope_append)(const QkvRopeAppendArgs&, Stream);
   KernelStatus (*silu_mul)(const SiluMulArgs&, Stream);
   KernelStatus (*attention_sums)(const AttentionSumsArgs&, Stream);
+  // Selections of the methods that VSPrefill is compared with; null where a device has none.
+  PoolBlocksFn pool_blocks;
+  SelectWindowFn select_window;
+  SelectFlashFn select_flash;
+  SelectMInferenceFn select_minference;
+  SelectFlexFn select_flex;
+  SelectXAttentionFn select_xattention;
+  SelectAnchorFn select_anchor;
 };
 
 const KernelSet& RefKernels();

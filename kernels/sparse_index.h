@@ -1,7 +1,8 @@
 // The sparse index of vertical-slash attention: which keys a row tile reads (docs/vsprefill.md).
 //
-// Row tiles. Rows are packed over a KV group: a row tile holds RowTilePositions(g) = floor(128 / g)
-// consecutive query positions times the g query heads of the group. Tiles are aligned to absolute
+// Row tiles. Rows are packed over an index group of g query heads (all heads of a KV group, or a
+// single head for methods that select per head): a row tile holds RowTilePositions(g) =
+// floor(128 / g) consecutive query positions times the g heads. Tiles are aligned to absolute
 // position 0, so the same selection gives the same result for every chunking of a prompt.
 //
 // Distance space. For the row tile of positions [m0, m0 + M) the distance of key column c is
@@ -34,7 +35,7 @@ constexpr int64_t BandWords(int64_t kv_tokens, int row_tile) {
   return (BandBlocks(kv_tokens, row_tile) + 31) / 32;
 }
 
-/// One sequence's index for all KV groups of one layer. All pointers are in the memory of the
+/// One sequence's index for all index groups of one layer. All pointers are in the memory of the
 /// device that executes it; counts stay there too.
 struct SparseIndexView {
   int num_groups = 0;

@@ -57,6 +57,11 @@ absl::StatusOr<std::string> DefaultMethod(const config::ServerConfig& config,
       return absl::InvalidArgumentError(absl::StrCat(
           "--method ", config.method, " needs an indexer; none is loaded (see --indexer)"));
     }
+    if (spec.name == config.method &&
+        !attention::RunsOn(spec, *transformer.method_context().kernels)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--method ", config.method, " does not run on this device"));
+    }
   }
   return config.method;
 }
@@ -65,7 +70,10 @@ absl::StatusOr<std::string> DefaultMethod(const config::ServerConfig& config,
 std::vector<attention::MethodSpec> UsableMethods(const model::Transformer& transformer) {
   std::vector<attention::MethodSpec> usable;
   for (const attention::MethodSpec& spec : attention::MethodSpecs()) {
-    if (!spec.needs_indexer || transformer.has_indexer()) usable.push_back(spec);
+    const bool indexer = !spec.needs_indexer || transformer.has_indexer();
+    if (indexer && attention::RunsOn(spec, *transformer.method_context().kernels)) {
+      usable.push_back(spec);
+    }
   }
   return usable;
 }

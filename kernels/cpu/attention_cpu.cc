@@ -1,7 +1,9 @@
-// AttentionCpu: cuts a batch into tasks of one row tile and one KV group, heaviest first, and feeds
-// each task's columns to the instruction set's kernel. A batch with few row tiles (decoding, short
-// chunks over a long cache) is cut along the columns too; the pieces' sums are merged afterwards.
+// AttentionCpu: cuts a batch into tasks of one row tile and one index group, heaviest first, and
+// feeds each task's columns to the instruction set's kernel. A batch with few row tiles (decoding,
+// short chunks over a long cache) is cut along the columns too; the pieces' sums are merged
+// afterwards.
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -30,7 +32,10 @@ constexpr int64_t kMaxSplits = 16;
 constexpr int64_t kMinSplitBatches = 6;
 
 struct Task {
-  int sequence = 0, group = 0;
+  int sequence = 0;
+  int group = 0;       // index group
+  int group_size = 0;  // its query heads
+  int kv_head = 0;     // whose keys they read
   RowTile tile;
   int64_t batches = 0;  // at most this many column batches
   int64_t first_batch = 0, last_batch = INT64_MAX;
@@ -53,7 +58,7 @@ T* At(T* base, int64_t element, DType dtype) {
 template <class T>
 void PackedRows(T* base, int64_t token_stride, int64_t head_stride, const AttentionShape& shape,
                 const AttentionSequence& s, const Task& task, T** rows) {
-  const int g = shape.group_size();
+  const int g = task.group_size;
   const int64_t q_start = s.kv_tokens - s.q_tokens;
   for (int64_t p = task.tile.row_begin; p < task.tile.row_end; ++p) {
     for (int h = 0; h < g; ++h) {
@@ -71,7 +76,7 @@ void FinishRows(const IsaKernels& kernels, const AttentionShape& shape, const At
 }
 
 void ShapeTile(const AttentionShape& shape, const Task& task, AttentionTile* tile) {
-  const int g = shape.group_size();
+  const int g = task.group_size;
   tile->dtype = shape.dtype;
   tile->head_dim = shape.head_dim;
   tile->rows = static_cast<int>((task.tile.row_end - task.tile.row_begin) * g);
@@ -79,28 +84,17 @@ void ShapeTile(const AttentionShape& shape, const Task& task, AttentionTile* til
   tile->scale_log2 = static_cast<float>(shape.scale * 1.4426950408889634);
 }
 
-void RunTask(const IsaKernels& kernels, const AttentionShape& shape, const AttentionSequence& s,
-             const Task& task, AttentionTile tile) {
-  const int g = shape.group_size();
-  for (int i = 0; i < tile.lanes; ++i) {
-    tile.positions[i] = static_cast<int32_t>(task.tile.row_begin + std::min(i, tile.rows - 1) / g);
-  }
-  const void* rows[cpu::kMaxLanes];
-  PackedRows<const void>(s.q, s.q_token_stride, s.q_head_stride, shape, s, task, rows);
-  kernels.attention_begin(tile, rows);
-
+// Feeds the columns that `stream` yields to the kernel, batches [first_batch, last_batch) only.
+template <class Stream>
+void RunColumns(const IsaKernels& kernels, Stream stream, const RowTile& rows, int64_t first_batch,
+                int64_t last_batch, const AttentionTile& tile, ColumnBatch batch) {
   int32_t columns[kColumnTile];
-  ColumnBatch batch;
-  batch.k = At(s.k, task.group * s.kv_head_stride, shape.dtype);
-  batch.v = At(s.v, task.group * s.kv_head_stride, shape.dtype);
-  batch.token_stride = s.kv_token_stride;
   batch.columns = columns;
-  ColumnStream stream(s.index, task.group, task.tile);
-  for (int64_t i = 0; i < task.last_batch; ++i) {
+  for (int64_t i = 0; i < last_batch; ++i) {
     batch.count = stream.Next(columns, kColumnTile);
     if (batch.count == 0) break;
-    if (i < task.first_batch) continue;
-    batch.masked = columns[batch.count - 1] > task.tile.row_begin;
+    if (i < first_batch) continue;
+    batch.masked = columns[batch.count - 1] > rows.row_begin;
     if (batch.count % 2 != 0) {
       columns[batch.count++] = cpu::kPaddingColumn;
       batch.masked = true;
@@ -109,26 +103,63 @@ void RunTask(const IsaKernels& kernels, const AttentionShape& shape, const Atten
   }
 }
 
+void RunTask(const IsaKernels& kernels, const AttentionShape& shape, const AttentionSequence& s,
+             const Task& task, AttentionTile tile) {
+  for (int i = 0; i < tile.lanes; ++i) {
+    tile.positions[i] =
+        static_cast<int32_t>(task.tile.row_begin + std::min(i, tile.rows - 1) / task.group_size);
+  }
+  const void* rows[cpu::kMaxLanes];
+  PackedRows<const void>(s.q, s.q_token_stride, s.q_head_stride, shape, s, task, rows);
+  kernels.attention_begin(tile, rows);
+
+  ColumnBatch batch;
+  batch.k = At(s.k, task.kv_head * s.kv_head_stride, shape.dtype);
+  batch.v = At(s.v, task.kv_head * s.kv_head_stride, shape.dtype);
+  batch.token_stride = s.kv_token_stride;
+  RunColumns(kernels, ColumnStream(s, task.group, task.tile), task.tile, task.first_batch,
+             task.last_batch, tile, batch);
+  // Pseudo-keys, with the last piece of a task that was split. Their numbers are block numbers,
+  // which no row's position is below.
+  if (s.tiles == nullptr || s.tiles->k_means == nullptr || task.last_batch != INT64_MAX) return;
+  const int64_t head = task.kv_head * s.tiles->means_stride * shape.head_dim;
+  batch.k = At(s.tiles->k_means, head, shape.dtype);
+  batch.v = At(s.tiles->v_means, head, shape.dtype);
+  batch.token_stride = shape.head_dim;
+  batch.bias_log2 = std::countr_zero(unsigned{kKeyBlock});
+  RunColumns(kernels, MeanStream(s, task.group, task.tile), task.tile, 0, INT64_MAX, tile, batch);
+}
+
+// At least the tile's column batches.
 int64_t ColumnBatches(const AttentionSequence& s, int group, const RowTile& tile) {
   int64_t columns = tile.row_end;
-  if (!tile.dense) {
-    columns = std::min<int64_t>(
-        columns, s.index->num_verticals[group] + int64_t{s.index->num_bands[group]} * kBandBlock);
+  if (!tile.dense && s.index != nullptr) {
+    columns = s.index->num_verticals[group] + int64_t{s.index->num_bands[group]} * kBandBlock;
+  } else if (!tile.dense) {
+    const int64_t blocks = KeyBlocks(tile.row_end);
+    columns = CountBits(s.tiles->BlocksOf(group, tile.number), blocks) * kKeyBlock;
+    if (s.tiles->columns != nullptr) {
+      columns += CountBits(s.tiles->ColumnsOf(group, tile.number), tile.row_end);
+    }
   }
-  return (columns + kColumnTile - 1) / kColumnTile;
+  return (std::min(columns, tile.row_end) + kColumnTile - 1) / kColumnTile;
 }
 
 void ListTasks(const AttentionShape& shape, const AttentionSequence* sequences, int num_sequences,
                std::vector<Task>* tasks) {
   tasks->clear();
   for (int i = 0; i < num_sequences; ++i) {
-    const int64_t tiles = NumRowTiles(shape.group_size(), sequences[i]);
+    const int groups = IndexGroups(shape, sequences[i]);
+    const int group_size = shape.num_q_heads / groups;
+    const int64_t tiles = NumRowTiles(group_size, sequences[i]);
     for (int64_t t = 0; t < tiles; ++t) {
-      const RowTile tile = GetRowTile(shape.group_size(), sequences[i], t);
-      for (int group = 0; group < shape.num_kv_heads; ++group) {
+      const RowTile tile = GetRowTile(group_size, sequences[i], t);
+      for (int group = 0; group < groups; ++group) {
         Task& task = tasks->emplace_back();
         task.sequence = i;
         task.group = group;
+        task.group_size = group_size;
+        task.kv_head = group * group_size / shape.group_size();
         task.tile = tile;
         task.batches = ColumnBatches(sequences[i], group, tile);
       }
@@ -164,6 +195,9 @@ void SplitTasks(std::vector<Task>* tasks, std::vector<Merge>* merges) {
 KernelStatus AttentionCpu(const AttentionShape& shape, const AttentionSequence* sequences,
                           int num_sequences, Stream /*stream*/) {
   if (!cpu::SupportedShape(shape)) return KernelStatus::kUnsupportedShape;
+  for (int i = 0; i < num_sequences; ++i) {
+    if (!SupportedIndex(shape, sequences[i])) return KernelStatus::kUnsupportedShape;
+  }
   const IsaKernels& kernels = cpu::ActiveKernels();
   static thread_local std::vector<Task> tasks;
   static thread_local cpu::Scratch partial_memory;

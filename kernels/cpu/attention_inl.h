@@ -126,12 +126,12 @@ VSP_INLINE void LaneBlock(const AttentionTile& tile, const ColumnBatch& batch, i
 
   V16 top[kVectors];
   ScoreBlock<Words, kMasked, kDim, kVectors>(tile, batch, first_lane, top);
-  const V16 scale = Set1(tile.scale_log2);
+  const V16 scale = Set1(tile.scale_log2), bias = Set1(batch.bias_log2);
   bool raise = false;
   V16 reference[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     reference[v] = Load(tile.max + first_lane + 16 * v);
-    top[v] = Mul(top[v], scale);
+    top[v] = Add(Mul(top[v], scale), bias);
     raise |= AnyGreater(Sub(top[v], Set1(kMaxSlack)), reference[v]);
   }
   if (raise) {
@@ -156,7 +156,7 @@ VSP_INLINE void LaneBlock(const AttentionTile& tile, const ColumnBatch& batch, i
 
   auto* probabilities = static_cast<uint32_t*>(tile.probabilities);
   for (int v = 0; v < kVectors; ++v) {
-    const V16 minus_max = Sub(Zero(), reference[v]);
+    const V16 minus_max = Sub(bias, reference[v]);
     V16 sum = Load(tile.sum + first_lane + 16 * v), sum_odd = Zero();
     for (int c = 0; c < batch.count; c += 2) {
       const float* s = scores + c * kStride + 16 * v;

@@ -3,6 +3,7 @@
 // The vector type comes first: the rest is written in terms of it.
 #include "kernels/cpu/attention_inl.h"
 #include "kernels/cpu/attention_sums_inl.h"
+#include "kernels/cpu/dot_products_inl.h"
 #include "kernels/cpu/indexer_inl.h"
 #include "kernels/cpu/isa_kernels.h"
 #include "kernels/cpu/layer_ops_inl.h"
@@ -10,9 +11,9 @@
 namespace vsprefill::kernels::cpu {
 
 const IsaKernels& Avx512Bf16Kernels() {
-  static constexpr IsaKernels kKernels{AttentionBegin,  AttentionColumns, AttentionMerge,
-                                       AttentionFinish, AttentionSums,    IndexerTokens,
-                                       RmsNorm,         QkvRopeAppend,    SiluMul};
+  static constexpr IsaKernels kKernels{
+      AttentionBegin, AttentionColumns, AttentionMerge, AttentionFinish, AttentionSums,
+      IndexerTokens,  RmsNorm,          QkvRopeAppend,  SiluMul,         DotProducts};
   return kKernels;
 }
 

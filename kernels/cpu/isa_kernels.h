@@ -51,6 +51,7 @@ struct ColumnBatch {
   const int32_t* columns = nullptr;  // kPaddingColumn where there is none
   int count = 0;                     // even, 1..kColumnTile
   bool masked = false;               // some row may not see some column
+  float bias_log2 = 0;               // added to every score, log2 units (attention_columns only)
 };
 
 /// Tokens [token, token + count) of one KV group.
@@ -85,6 +86,11 @@ struct IsaKernels {
   void (*rms_norm)(const RmsNormArgs& args, int64_t token);
   void (*qkv_rope_append)(const QkvRopeAppendArgs& args, int64_t token);
   void (*silu_mul)(const SiluMulArgs& args, int64_t token);
+  /// c[m][lane] = sum over k of a[m][k] * b[k][lane]: float32, one fused multiply-add after the
+  /// other in ascending k from 0, so the same bits on every instruction set. a: [rows, depth],
+  /// b: [depth, lanes], c: [rows, lanes], all contiguous; lanes is a multiple of 16.
+  void (*dot_products)(const float* a, int64_t rows, const float* b, int64_t depth, int lanes,
+                       float* c);
 };
 
 const IsaKernels& Avx2Kernels();

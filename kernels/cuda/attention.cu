@@ -1,6 +1,7 @@
 // AttentionCuda: checks shapes, describes sequences to the kernels and picks one.
 #include <algorithm>
 #include <array>
+#include <initializer_list>
 
 #include "kernels/attention.h"
 #include "kernels/cuda/attention_kernels.h"
@@ -25,8 +26,7 @@ bool Supported(const AttentionShape& shape, const AttentionSequence& s) {
   }
   return cuda::Aligned16(s.q) && cuda::Aligned16(s.k) && cuda::Aligned16(s.v) &&
          cuda::Aligned16(s.out) && s.q_tokens >= 0 && s.q_tokens <= s.kv_tokens &&
-         s.kv_tokens < (int64_t{1} << 30) &&
-         (s.index == nullptr || s.index->num_groups == shape.num_kv_heads);
+         s.kv_tokens < (int64_t{1} << 30) && SupportedIndex(shape, s);
 }
 
 SequenceParams Describe(const AttentionSequence& s, int64_t row_tile) {
@@ -47,6 +47,21 @@ SequenceParams Describe(const AttentionSequence& s, int64_t row_tile) {
   p.kv_tokens = static_cast<int32_t>(s.kv_tokens);
   p.first_tile = static_cast<int32_t>(q_start / row_tile);
   p.num_tiles = static_cast<int32_t>(last_tile + 1 - p.first_tile);
+  if (s.tiles != nullptr) {
+    const TileIndexView& tiles = *s.tiles;
+    p.block_words = static_cast<int32_t>(tiles.block_words);
+    p.blocks_stride = static_cast<int32_t>(tiles.num_tiles * tiles.block_words);
+    p.blocks = tiles.blocks - tiles.first_tile * tiles.block_words;
+    p.tiles_per_set = static_cast<int32_t>(tiles.tiles_per_set);
+    if (tiles.columns != nullptr) {
+      p.column_words = static_cast<int32_t>(tiles.column_words);
+      p.columns_stride = static_cast<int32_t>(tiles.num_sets() * tiles.column_words);
+      p.columns = tiles.columns - tiles.first_tile / tiles.tiles_per_set * tiles.column_words;
+    }
+    p.k_means = tiles.k_means;
+    p.v_means = tiles.v_means;
+    p.means_stride = static_cast<int32_t>(tiles.means_stride);
+  }
   if (s.index == nullptr) return p;
   p.verticals = s.index->verticals;
   p.num_verticals = s.index->num_verticals;
@@ -63,43 +78,54 @@ SequenceParams Describe(const AttentionSequence& s, int64_t row_tile) {
   return p;
 }
 
+/// One launch: sequences whose indexes are for equally many groups.
+KernelStatus Launch(const AttentionShape& shape, int num_groups, const AttentionSequence** order,
+                    int count, Stream stream) {
+  AttentionBatch batch = {};
+  batch.num_groups = num_groups;
+  batch.group_size = shape.num_q_heads / num_groups;
+  batch.row_tile = RowTilePositions(batch.group_size);
+  batch.groups_per_kv_head = num_groups / shape.num_kv_heads;
+  batch.scale = shape.scale;
+  // The longest sequence first: its late tiles are the heaviest items of the launch.
+  std::stable_sort(order, order + count,
+                   [](const auto* a, const auto* b) { return a->kv_tokens > b->kv_tokens; });
+  int64_t items = 0;
+  for (int i = 0; i < count; ++i) {
+    batch.sequences[i] = Describe(*order[i], batch.row_tile);
+    batch.sequences[i].item_begin = static_cast<int32_t>(items);
+    items += int64_t{batch.sequences[i].num_tiles} * batch.num_groups;
+  }
+  batch.num_sequences = count;
+  if (items > INT32_MAX) return KernelStatus::kUnsupportedShape;
+  const int num_items = static_cast<int>(items);
+  const cudaStream_t cuda_stream = cuda::AsCuda(stream);
+  return shape.dtype == DType::kBF16
+             ? cuda::LaunchAttentionBf16(batch, num_items, shape.head_dim, cuda_stream)
+             : cuda::LaunchAttentionF32(batch, num_items, shape.head_dim, cuda_stream);
+}
+
 }  // namespace
 
 KernelStatus AttentionCuda(const AttentionShape& shape, const AttentionSequence* sequences,
                            int num_sequences, Stream stream) {
   if (!Supported(shape)) return KernelStatus::kUnsupportedShape;
-  AttentionBatch batch = {};
-  batch.num_groups = shape.num_kv_heads;
-  batch.group_size = shape.group_size();
-  batch.row_tile = RowTilePositions(batch.group_size);
-  batch.scale = shape.scale;
-  for (int begin = 0; begin < num_sequences; begin += cuda::kSequencesPerLaunch) {
-    const int end = std::min(num_sequences, begin + cuda::kSequencesPerLaunch);
-    // The longest sequence first: its late tiles are the heaviest items of the launch.
+  for (int i = 0; i < num_sequences; ++i) {
+    if (!Supported(shape, sequences[i])) return KernelStatus::kUnsupportedShape;
+  }
+  for (const int num_groups : {shape.num_kv_heads, shape.num_q_heads}) {
     std::array<const AttentionSequence*, cuda::kSequencesPerLaunch> order;
-    int count = 0;
-    for (int i = begin; i < end; ++i) {
-      if (!Supported(shape, sequences[i])) return KernelStatus::kUnsupportedShape;
-      if (sequences[i].q_tokens > 0) order[count++] = &sequences[i];
+    for (int next = 0; next < num_sequences;) {
+      int count = 0;
+      for (; next < num_sequences && count < cuda::kSequencesPerLaunch; ++next) {
+        const AttentionSequence& s = sequences[next];
+        if (s.q_tokens > 0 && IndexGroups(shape, s) == num_groups) order[count++] = &s;
+      }
+      if (count == 0) continue;
+      const KernelStatus status = Launch(shape, num_groups, order.data(), count, stream);
+      if (status != KernelStatus::kOk) return status;
     }
-    std::stable_sort(order.begin(), order.begin() + count,
-                     [](const auto* a, const auto* b) { return a->kv_tokens > b->kv_tokens; });
-    int64_t items = 0;
-    for (int i = 0; i < count; ++i) {
-      batch.sequences[i] = Describe(*order[i], batch.row_tile);
-      batch.sequences[i].item_begin = static_cast<int32_t>(items);
-      items += int64_t{batch.sequences[i].num_tiles} * batch.num_groups;
-    }
-    batch.num_sequences = count;
-    if (items == 0) continue;
-    if (items > INT32_MAX) return KernelStatus::kUnsupportedShape;
-    const int num_items = static_cast<int>(items);
-    const cudaStream_t cuda_stream = cuda::AsCuda(stream);
-    const KernelStatus status =
-        shape.dtype == DType::kBF16
-            ? cuda::LaunchAttentionBf16(batch, num_items, shape.head_dim, cuda_stream)
-            : cuda::LaunchAttentionF32(batch, num_items, shape.head_dim, cuda_stream);
-    if (status != KernelStatus::kOk) return status;
+    if (shape.num_kv_heads == shape.num_q_heads) break;
   }
   return KernelStatus::kOk;
 }

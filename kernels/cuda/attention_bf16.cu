@@ -1,9 +1,9 @@
-// Causal attention, dense or vertical-slash, bf16 on tensor cores (mma.sync, sm_80+).
+// Causal attention, dense, vertical-slash or block-sparse, bf16 on tensor cores (mma.sync, sm_80+).
 //
 //   S[r, n] = scale * q[r] . k[col(n)]     [128 packed rows] x [64 columns of this step]
 //   O[r]    = sum over steps of exp(S - rowmax) v[col(n)], online softmax, float32
 //
-// One block of four warps per work item (KV group, row tile); each warp owns 32 packed rows, so
+// One block of four warps per work item (index group, row tile); each warp owns 32 packed rows, so
 // every key fragment read from shared memory serves two MMAs. Packed row r is query position
 // first_row + r / g, head r % g. Columns come from ColumnWalk, contiguous or gathered: a K or V row
 // is head_dim * 2 bytes, fetched by 16-byte cp.async either way. The values of step j travel while
@@ -30,8 +30,7 @@ struct alignas(16) AttentionShared {
 /// gathered tile's end are zero-filled: their probability is zero, but zero times garbage may be
 /// NaN.
 template <int kHeadDim>
-__device__ __forceinline__ void LoadColumns(uint32_t shared, const __nv_bfloat16* rows,
-                                            int64_t token_stride, int kv_tokens,
+__device__ __forceinline__ void LoadColumns(uint32_t shared, const TileSource& from,
                                             const ColumnWalk& walk, const ColumnTile& tile) {
   constexpr int kChunks = kHeadDim / 8;
   constexpr int kTotal = kTileColumns * kChunks;
@@ -42,8 +41,9 @@ __device__ __forceinline__ void LoadColumns(uint32_t shared, const __nv_bfloat16
     const int n = index / kChunks;
     const int chunk = index % kChunks;
     const int column = TileColumn(walk, tile, n);
-    const bool valid = static_cast<uint32_t>(column) < static_cast<uint32_t>(kv_tokens);
-    const __nv_bfloat16* source = rows + (valid ? column * token_stride : 0) + chunk * 8;
+    const bool valid = static_cast<uint32_t>(column) < static_cast<uint32_t>(from.end);
+    const __nv_bfloat16* source = static_cast<const __nv_bfloat16*>(from.rows) +
+                                  (valid ? column * from.stride : 0) + chunk * 8;
     CopyAsync16(shared + (n * kSharedStride<kHeadDim> + chunk * 8) * 2, source, valid);
   }
 }
@@ -94,12 +94,13 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     }
   }
   __syncthreads();
-  const int64_t kv_offset = item.group * sequence.kv_head_stride;
-  const auto* k = static_cast<const __nv_bfloat16*>(sequence.k) + kv_offset;
-  const auto* v = static_cast<const __nv_bfloat16*>(sequence.v) + kv_offset;
+  const int kv_head = item.group / batch.groups_per_kv_head;
+  const auto load = [&](uint32_t to, const void* rows, const void* means, const ColumnTile& tile) {
+    const TileSource from = SourceOf<__nv_bfloat16>(tile, sequence, rows, means, kv_head, kHeadDim);
+    LoadColumns<kHeadDim>(to, from, shared.walk, tile);
+  };
   if (shared.walk.tiles[0].count > 0) {
-    LoadColumns<kHeadDim>(k_shared, k, sequence.kv_token_stride, sequence.kv_tokens, shared.walk,
-                          shared.walk.tiles[0]);
+    load(k_shared, sequence.k, sequence.k_means, shared.walk.tiles[0]);
   }
   CommitCopies();
 
@@ -127,8 +128,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     __syncthreads();  // keys of this step are there; everybody has left the values of the last one
     const ColumnTile tile = shared.walk.tiles[step];
     if (tile.count == 0) break;
-    LoadColumns<kHeadDim>(v_shared, v, sequence.kv_token_stride, sequence.kv_tokens, shared.walk,
-                          tile);
+    load(v_shared, sequence.v, sequence.v_means, tile);
     CommitCopies();
     if (warp == 0) NextTile(shared.walk, &shared.walk.tiles[step ^ 1]);
 
@@ -138,8 +138,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     WaitCopies<0>();
     __syncthreads();  // values and the next tile's columns are there; everybody has left the keys
     if (shared.walk.tiles[step ^ 1].count > 0) {
-      LoadColumns<kHeadDim>(k_shared, k, sequence.kv_token_stride, sequence.kv_tokens, shared.walk,
-                            shared.walk.tiles[step ^ 1]);
+      load(k_shared, sequence.k, sequence.k_means, shared.walk.tiles[step ^ 1]);
     }
     CommitCopies();
 
@@ -167,6 +166,18 @@ __global__ void __launch_bounds__(kTileThreads, 2)
               if (column > limit[mt][half]) s[mt][nt][half * 2 + e] = -INFINITY;
             }
           }
+        }
+      }
+    }
+
+    if (tile.means) {
+      const float bias = kMeansBiasLog2 / scale_log2;
+#pragma unroll
+      for (int mt = 0; mt < 2; ++mt) {
+#pragma unroll
+        for (int nt = 0; nt < 8; ++nt) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[mt][nt][e] += bias;
         }
       }
     }

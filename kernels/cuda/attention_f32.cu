@@ -1,5 +1,5 @@
-// Causal attention, dense or vertical-slash, float32 without tensor cores: for float32 models and
-// as a second opinion on the bf16 kernel. Right before fast.
+// Causal attention, dense, vertical-slash or block-sparse, float32 without tensor cores: for
+// float32 models and as a second opinion on the bf16 kernel. Right before fast.
 //
 // A block of 128 threads takes 32 packed rows of one work item (blockIdx.y is the quarter). Four
 // neighbouring threads share a row: thread p of the four holds the elements 16 i + 4 p .. + 3 of q
@@ -63,9 +63,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       q[i].w *= batch.scale;
     }
   }
-  const int64_t kv_offset = item.group * sequence.kv_head_stride;
-  const float* k = static_cast<const float*>(sequence.k) + kv_offset;
-  const float* v = static_cast<const float*>(sequence.v) + kv_offset;
+  const int kv_head = item.group / batch.groups_per_kv_head;
 
   if (threadIdx.x == 0) {
     StartWalk(shared.walk, sequence, item.group, item.tile, batch.row_tile);
@@ -77,15 +75,20 @@ __global__ void __launch_bounds__(kThreads, 3)
     __syncthreads();
     const ColumnTile tile = shared.walk.tiles[0];
     if (tile.count == 0) break;
+    const TileSource k =
+        SourceOf<float>(tile, sequence, sequence.k, sequence.k_means, kv_head, kHeadDim);
+    const TileSource v =
+        SourceOf<float>(tile, sequence, sequence.v, sequence.v_means, kv_head, kHeadDim);
+    const float bias = tile.means ? kMeansBiasLog2 * 0.6931471805599453f : 0.0f;
     for (int index = threadIdx.x; index < kColumns * (kHeadDim / 4); index += kThreads) {
       const int n = index / (kHeadDim / 4);
       const int chunk = index % (kHeadDim / 4);
       const int column = TileColumn(shared.walk, tile, n);
       float4 key = make_float4(0, 0, 0, 0), value = key;
-      if (static_cast<uint32_t>(column) < static_cast<uint32_t>(sequence.kv_tokens)) {
-        const int64_t offset = column * sequence.kv_token_stride + chunk * 4;
-        key = *reinterpret_cast<const float4*>(k + offset);
-        value = *reinterpret_cast<const float4*>(v + offset);
+      if (static_cast<uint32_t>(column) < static_cast<uint32_t>(k.end)) {
+        const int64_t offset = column * k.stride + chunk * 4;
+        key = *reinterpret_cast<const float4*>(static_cast<const float*>(k.rows) + offset);
+        value = *reinterpret_cast<const float4*>(static_cast<const float*>(v.rows) + offset);
       }
       shared.k[n][chunk] = key;
       shared.v[n][chunk] = value;
@@ -103,7 +106,8 @@ __global__ void __launch_bounds__(kThreads, 3)
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
         const int column = TileColumn(shared.walk, tile, first + n);
         // Unsigned: a negative column is right of every row.
-        s[n] = static_cast<uint32_t>(column) <= static_cast<uint32_t>(position) ? sum : -INFINITY;
+        s[n] = static_cast<uint32_t>(column) <= static_cast<uint32_t>(position) ? sum + bias
+                                                                                : -INFINITY;
         step_max = fmaxf(step_max, s[n]);
       }
       if (step_max == -INFINITY) continue;  // nothing visible to this row so far

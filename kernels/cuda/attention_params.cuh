@@ -18,13 +18,21 @@ struct SequenceParams {
   int64_t q_token_stride, q_head_stride;
   int64_t kv_head_stride, kv_token_stride;
   int64_t out_token_stride, out_head_stride;
-  // Index, device memory; all null for a dense sequence.
+  // Index, device memory; vertical-slash or block-sparse, all null for a dense sequence.
   const int32_t* verticals;
   const int32_t* num_verticals;
   const uint32_t* band_bits;
   const int32_t* bands;
   const int32_t* num_bands;
   int64_t vertical_stride, band_stride, band_list_stride;
+  // Block-sparse. Row tile t of group g: blocks + g * blocks_stride + t * block_words, its columns
+  // likewise by t / tiles_per_set; the pointers are moved so that t counts from position 0.
+  const uint32_t* blocks;
+  const uint32_t* columns;
+  const void* k_means;
+  const void* v_means;
+  int32_t block_words, blocks_stride, column_words, columns_stride;  // words
+  int32_t tiles_per_set, means_stride;
   int32_t q_start, kv_tokens;
   int32_t first_tile, num_tiles;  // row tiles that hold a query position
   int32_t dense_tiles;            // of those, the last ones that attend densely
@@ -35,10 +43,13 @@ struct AttentionBatch {
   SequenceParams sequences[kSequencesPerLaunch];
   int32_t num_sequences;
   int32_t num_groups, group_size, row_tile;
+  int32_t groups_per_kv_head;  // 1, or the KV group's query heads where an index is per head
   float scale;
 };
+// Launch parameters of more than 4 KB need a driver and an architecture that take them.
+static_assert(sizeof(AttentionBatch) <= 4096);
 
-/// One (sequence, KV group, row tile).
+/// One (sequence, index group, row tile).
 struct WorkItem {
   int sequence, group, tile;
 };

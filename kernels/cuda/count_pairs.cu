@@ -1,4 +1,5 @@
-// Pair counts of AttentionCuda's tile walk, exact: one block per (row tile, KV group).
+// Pair counts of AttentionCuda's tile walk, exact: one block per (row tile, index
+// group).
 //
 // `multiplied` counts what the tensor-core kernel does: 128 packed rows (padding included) times 64
 // columns for every step of ColumnWalk.
@@ -14,6 +15,7 @@ constexpr int kThreads = 128;
 
 struct CountParams {
   SparseIndexView index;
+  TileIndexView tiles;  // blocks null: vertical-slash, or dense
   bool dense;
   int group_size, row_tile;
   int64_t q_start, kv_tokens, first_tile;
@@ -42,6 +44,54 @@ __device__ void AtomicAdd(int64_t* target, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(target), static_cast<unsigned long long>(value));
 }
 
+/// Adds one row tile of one group.
+__device__ void AddCounts(PairCounts* counts, int64_t unmasked, int64_t steps, int64_t all,
+                          int group_size) {
+  AtomicAdd(&counts->unmasked, unmasked * group_size);
+  AtomicAdd(&counts->multiplied, steps * kBandBlock * kPackedRows);
+  AtomicAdd(&counts->dense, all * group_size);
+}
+
+/// Block-sparse: each thread counts some blocks, then some columns.
+__device__ void CountTile(const CountParams& params, int group, int64_t tile, int64_t row_begin,
+                          int64_t row_last, PairCounts* counts) {
+  const TileIndexView& tiles = params.tiles;
+  const uint32_t* blocks = tiles.BlocksOf(group, tile);
+  const int64_t first = tile * params.row_tile;
+  const int64_t last = first + params.row_tile - 1;
+  const int64_t end = last < params.kv_tokens ? last + 1 : params.kv_tokens;  // as ColumnWalk
+  const int64_t mean_blocks = tiles.k_means != nullptr ? first / kKeyBlock : 0;
+  int64_t unmasked = 0, halves = 0, means = 0, columns = 0;
+  for (int64_t b = threadIdx.x; b * kKeyBlock < end; b += kThreads) {
+    if (!TestBit(blocks, b)) {
+      means += b < mean_blocks;
+      continue;
+    }
+    halves += b * kKeyBlock + kBandBlock < end ? 2 : 1;
+    for (int64_t c = b * kKeyBlock; c < (b + 1) * kKeyBlock && c <= row_last; ++c) {
+      unmasked += Viewers(c, row_begin, row_last);
+    }
+  }
+  if (tiles.columns != nullptr) {
+    const uint32_t* single = tiles.ColumnsOf(group, tile);
+    for (int64_t c = threadIdx.x; c < end; c += kThreads) {
+      if (!TestBit(single, c) || TestBit(blocks, c / kKeyBlock)) continue;
+      ++columns;
+      unmasked += Viewers(c, row_begin, row_last);
+    }
+  }
+  unmasked = BlockSum(unmasked);
+  halves = BlockSum(halves);
+  means = BlockSum(means);
+  columns = BlockSum(columns);
+  if (threadIdx.x == 0) {
+    const int64_t rows = row_last - row_begin + 1;
+    const int64_t steps =
+        halves + (columns + kBandBlock - 1) / kBandBlock + (means + kBandBlock - 1) / kBandBlock;
+    AddCounts(counts, unmasked, steps, (row_begin + row_last + 2) * rows / 2, params.group_size);
+  }
+}
+
 __global__ void __launch_bounds__(kThreads)
     CountPairsKernel(const __grid_constant__ CountParams params, PairCounts* counts) {
   const int group = blockIdx.y;
@@ -51,6 +101,10 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row_last = (last < params.kv_tokens ? last : params.kv_tokens - 1);
   const int64_t rows = row_last - row_begin + 1;
   const int64_t all = (row_begin + row_last + 2) * rows / 2;
+  if (params.tiles.blocks != nullptr) {
+    CountTile(params, group, params.first_tile + blockIdx.x, row_begin, row_last, counts);
+    return;
+  }
   if (!params.dense && blockIdx.x == 0 && threadIdx.x == 0) {
     AtomicAdd(&counts->indexes, 1);
     AtomicAdd(&counts->vertical_columns, params.index.num_verticals[group]);
@@ -58,10 +112,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (params.dense || last >= params.index.dense_from) {
     if (threadIdx.x == 0) {
-      const int64_t steps = last / kBandBlock + 1;
-      AtomicAdd(&counts->unmasked, all * params.group_size);
-      AtomicAdd(&counts->multiplied, steps * kBandBlock * kPackedRows);
-      AtomicAdd(&counts->dense, all * params.group_size);
+      AddCounts(counts, all, last / kBandBlock + 1, all, params.group_size);
     }
     return;
   }
@@ -95,9 +146,7 @@ __global__ void __launch_bounds__(kThreads)
   columns = BlockSum(columns);
   if (threadIdx.x == 0) {
     const int64_t steps = bands + (columns + kBandBlock - 1) / kBandBlock;
-    AtomicAdd(&counts->unmasked, unmasked * params.group_size);
-    AtomicAdd(&counts->multiplied, steps * kBandBlock * kPackedRows);
-    AtomicAdd(&counts->dense, all * params.group_size);
+    AddCounts(counts, unmasked, steps, all, params.group_size);
   }
 }
 
@@ -106,20 +155,23 @@ __global__ void __launch_bounds__(kThreads)
 KernelStatus CountPairsCuda(const AttentionShape& shape, const AttentionSequence& s,
                             PairCounts* counts, Stream stream) {
   if (shape.num_kv_heads <= 0 || shape.num_q_heads % shape.num_kv_heads != 0 ||
-      shape.group_size() > kPackedRows || s.kv_tokens >= (int64_t{1} << 30)) {
+      shape.group_size() > kPackedRows || s.kv_tokens >= (int64_t{1} << 30) ||
+      !SupportedIndex(shape, s)) {
     return KernelStatus::kUnsupportedShape;
   }
   if (s.q_tokens == 0) return KernelStatus::kOk;
   CountParams params = {};
-  params.dense = s.index == nullptr;
+  params.dense = s.dense();
   if (s.index != nullptr) params.index = *s.index;
-  params.group_size = shape.group_size();
+  if (s.tiles != nullptr) params.tiles = *s.tiles;
+  const int num_groups = IndexGroups(shape, s);
+  params.group_size = shape.num_q_heads / num_groups;
   params.row_tile = RowTilePositions(params.group_size);
   params.q_start = s.kv_tokens - s.q_tokens;
   params.kv_tokens = s.kv_tokens;
   params.first_tile = params.q_start / params.row_tile;
   const int64_t tiles = (s.kv_tokens - 1) / params.row_tile + 1 - params.first_tile;
-  const dim3 grid(static_cast<unsigned>(tiles), shape.num_kv_heads);
+  const dim3 grid(static_cast<unsigned>(tiles), num_groups);
   CountPairsKernel<<<grid, kThreads, 0, cuda::AsCuda(stream)>>>(params, counts);
   return cuda::LaunchStatus();
 }

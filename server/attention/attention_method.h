@@ -1,9 +1,9 @@
 // The one interface behind which every attention method stands: a method decides, for one layer and
 // a batch of sequences, which keys each row reads, and runs the kernel that reads them.
 //
-// A method is immutable and shared by requests; its parameters are resolved once per request into a
-// `MethodConfig`. Called on the engine thread only. Files: dense.cc, vsprefill.cc; registry.cc
-// lists them.
+// A method is made for one request, with the request's parameters. Called on the engine thread
+// only. One file per method; methods.inc lists them, sparse_method.h holds what the sparse ones
+// share (docs/adding_a_method.md).
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ namespace vsprefill::attention {
 /// Where one layer's pair counts go, per sequence: PairCounts in memory of the device; read after
 /// the request's last layer has completed.
 struct SequenceCall {
-  kernels::AttentionSequence attention;  // q, k, v, out, sizes; index is the method's to set
+  kernels::AttentionSequence attention;  // q, k, v, out, sizes; the index is the method's to set
   int64_t prompt_tokens = 0;             // length of the whole prompt (>= kv_tokens)
   /// VSIndexer logits of tokens [0, kv_tokens): [num_kv_heads, logit_stride]; null if the method
   /// needs none.
@@ -89,14 +89,17 @@ struct ParameterSpec {
   std::string name;
   double default_value, min, max;
   std::string help;
-  bool whole = false;  // only whole numbers
+  bool whole = false;                // only whole numbers
+  std::vector<double> allowed = {};  // only these, where not empty
 };
 
 struct MethodSpec {
   std::string name;
   std::string help;
-  bool needs_indexer;
+  bool needs_indexer = false;
   std::vector<ParameterSpec> parameters;
+  /// Whether a device's kernels can run it; null: all can.
+  bool (*runs_on)(const kernels::KernelSet& kernels) = nullptr;
   std::function<std::unique_ptr<AttentionMethod>(const MethodContext& context,
                                                  const std::map<std::string, double>& parameters)>
       create;
@@ -105,8 +108,12 @@ struct MethodSpec {
 /// All methods this binary has, by name.
 const std::vector<MethodSpec>& MethodSpecs();
 
+/// Whether the method can run on the device of `kernels`.
+bool RunsOn(const MethodSpec& spec, const kernels::KernelSet& kernels);
+
 /// A method with `overrides` on top of its defaults, for one request. INVALID_ARGUMENT for an
 /// unknown method or parameter, or a value out of range; the message names the allowed ones.
+/// UNIMPLEMENTED for a method that does not run on the context's device.
 absl::StatusOr<std::unique_ptr<AttentionMethod>> CreateMethod(
     const MethodContext& context, absl::string_view name,
     const std::map<std::string, double>& overrides);

@@ -15,7 +15,10 @@ class Dense : public AttentionMethod {
   absl::string_view name() const override { return "dense"; }
   const std::map<std::string, double>& parameters() const override { return parameters_; }
   absl::Status Attend(const AttentionCall& call) override {
-    for (SequenceCall& sequence : call.sequences) sequence.attention.index = nullptr;
+    for (SequenceCall& sequence : call.sequences) {
+      sequence.attention.index = nullptr;
+      sequence.attention.tiles = nullptr;
+    }
     return Execute(context_, call);
   }
 

@@ -23,7 +23,7 @@ absl::Status Execute(const MethodContext& context, const AttentionCall& call) {
   sequences.reserve(call.sequences.size());
   for (const SequenceCall& sequence : call.sequences) sequences.push_back(sequence.attention);
   const bool dense = std::all_of(sequences.begin(), sequences.end(),
-                                 [](const auto& sequence) { return sequence.index == nullptr; });
+                                 [](const auto& sequence) { return sequence.dense(); });
   if (dense && context.library_attention) {
     VSP_RETURN_IF_ERROR(context.library_attention(call.shape, sequences, call.stream));
   } else {

@@ -6,7 +6,7 @@
 
 namespace vsprefill::attention {
 
-/// Runs attention of `call` with the index that each sequence holds (null: dense) and adds the pair
+/// Runs attention of `call` with the index that each sequence holds (none: dense) and adds the pair
 /// counts. The device library's attention is used where there is one and all sequences are dense.
 absl::Status Execute(const MethodContext& context, const AttentionCall& call);
 

@@ -1,5 +1,5 @@
-// The specifications of all methods, one function per file of this folder. A new method is one
-// file, one line here and one in registry.cc.
+// The specifications of all methods, each defined in a file of its own in this folder and listed in
+// methods.inc (docs/adding_a_method.md).
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,9 @@
 
 namespace vsprefill::attention {
 
-MethodSpec DenseSpec();
-MethodSpec VsPrefillSpec();
+#define VSP_METHOD(function) MethodSpec function();
+#include "server/attention/methods.inc"
+#undef VSP_METHOD
 
 /// What method vsprefill selects with by default for a prompt of this many tokens, the threshold's
 /// dependence on the length included; for measurements outside the server.

@@ -1,4 +1,5 @@
 // The list of attention methods and the checks on a request's parameters.
+#include <algorithm>
 #include <cmath>
 
 #include "absl/strings/str_format.h"
@@ -27,10 +28,15 @@ const T* Find(const std::vector<T>& specs, absl::string_view name) {
 
 const std::vector<MethodSpec>& MethodSpecs() {
   static const auto* specs = new std::vector<MethodSpec>{
-      DenseSpec(),
-      VsPrefillSpec(),
+#define VSP_METHOD(function) function(),
+#include "server/attention/methods.inc"
+#undef VSP_METHOD
   };
   return *specs;
+}
+
+bool RunsOn(const MethodSpec& spec, const kernels::KernelSet& kernels) {
+  return spec.runs_on == nullptr || spec.runs_on(kernels);
 }
 
 absl::StatusOr<std::unique_ptr<AttentionMethod>> CreateMethod(
@@ -42,6 +48,12 @@ absl::StatusOr<std::unique_ptr<AttentionMethod>> CreateMethod(
         absl::StrFormat("unknown attention method \"%s\"; known: %s", name,
                         absl::StrJoin(MethodSpecs(), ", ", NameOf())));
   }
+  if (!RunsOn(*spec, *context.kernels)) {
+    const bool cuda = context.allocator->device() == kernels::DeviceKind::kCuda;
+    return absl::UnimplementedError(absl::StrFormat("method \"%s\" does not run on %s, only on %s",
+                                                    name, cuda ? "CUDA devices" : "the CPU",
+                                                    cuda ? "the CPU" : "CUDA devices"));
+  }
   std::map<std::string, double> parameters;
   for (const ParameterSpec& parameter : spec->parameters) {
     parameters[parameter.name] = parameter.default_value;
@@ -52,6 +64,11 @@ absl::StatusOr<std::unique_ptr<AttentionMethod>> CreateMethod(
       return absl::InvalidArgumentError(absl::StrFormat(
           "method \"%s\" has no parameter \"%s\"; known: %s", name, key,
           spec->parameters.empty() ? "none" : absl::StrJoin(spec->parameters, ", ", NameOf())));
+    }
+    const auto& allowed = parameter->allowed;
+    if (!allowed.empty() && std::find(allowed.begin(), allowed.end(), value) == allowed.end()) {
+      return absl::InvalidArgumentError(
+          absl::StrFormat("%s = %g: must be one of %s", key, value, absl::StrJoin(allowed, ", ")));
     }
     // Written so that NaN fails.
     const bool in_range = value >= parameter->min && value <= parameter->max;

@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "server/attention/attention_method.h"
 #include "server/base/status_macros.h"
 
 namespace vsprefill::config {
@@ -120,6 +121,11 @@ absl::Status AddPushTargets(absl::string_view text, ServerConfig* config) {
   return absl::OkStatus();
 }
 
+std::string MethodNames() {
+  return absl::StrJoin(attention::MethodSpecs(), ", ",
+                       [](std::string* out, const auto& spec) { out->append(spec.name); });
+}
+
 const std::vector<Flag>& Flags() {
   using C = ServerConfig;
   constexpr int64_t kMost = int64_t{1} << 40;
@@ -139,8 +145,9 @@ const std::vector<Flag>& Flags() {
        OneOf(&C::device, {"auto", "cpu", "cuda"})},
       {"dtype", "T", "bf16 or fp32: weights, activations and KV cache (default bf16)", SetDtype},
       {"method", "M",
-       "attention method of requests that name none: vsprefill or dense\n"
-       "(default: vsprefill where there is an indexer, else dense)",
+       absl::StrCat(
+           "attention method of requests that name none; docs/methods.md describes them:\n",
+           MethodNames(), "\n(default: vsprefill where there is an indexer, else dense)"),
        Text(&C::method)},
       {"set", "NAME=NUMBER",
        "default of a parameter of that method; repeat for more (\"vsprefill info\" lists them)",

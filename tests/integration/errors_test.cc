@@ -140,6 +140,13 @@ TEST(ErrorsTest, RefusalsNameTheValueAndWhatIsAllowed) {
        },
        StatusCode::INVALID_ARGUMENT,
        {"threshold = -1", "["}},
+      {"parameter that allows some values only",
+       [](auto& r) {
+         r.mutable_method()->set_name("xattention");
+         (*r.mutable_method()->mutable_parameters())["stride"] = 12;
+       },
+       StatusCode::INVALID_ARGUMENT,
+       {"stride = 12", "4, 8, 16, 32, 64"}},
       {"parameter NaN",
        [](auto& r) {
          r.mutable_method()->set_name("vsprefill");

@@ -75,6 +75,32 @@ TEST_P(AttentionTest, Selections) {
   }
 }
 
+TEST_P(AttentionTest, BlockSparse) {
+  for (const Selection selection : {Selection::kBlocks, Selection::kColumns, Selection::kMeans}) {
+    for (const int64_t n : {1, 127, 129, 300, 901}) {
+      ExpectMatchesReference({3, 1, 64, n, n, selection});
+    }
+    for (const int g : {1, 2, 4, 5, 8}) {
+      ExpectMatchesReference({2 * g, 2, 64, 433, 433, selection});
+      ExpectMatchesReference({2 * g, 2, 64, 70, 517, selection});
+    }
+    ExpectMatchesReference({4, 2, 128, 1, 2700, selection});
+    ExpectMatchesReference({4, 2, 80, 391, 391, selection, 24});
+  }
+}
+
+// One index per query head: row tiles of 128 positions of one head.
+TEST_P(AttentionTest, IndexPerQueryHead) {
+  for (const Selection selection :
+       {Selection::kMixed, Selection::kBlocks, Selection::kColumns, Selection::kMeans}) {
+    for (const int g : {1, 2, 3, 8}) {
+      ExpectMatchesReference({2 * g, 2, 64, 300, 300, selection, 0, 1, true});
+      ExpectMatchesReference({2 * g, 2, 64, 141, 517, selection, 8, 2, true});
+    }
+    ExpectMatchesReference({4, 2, 64, 1, 2700, selection, 0, 3, true});
+  }
+}
+
 TEST_P(AttentionTest, ChunksThatStartInsideTheSequence) {
   for (const int64_t q_tokens : {1, 2, 41, 43, 100}) {
     for (const Selection selection : {Selection::kDense, Selection::kMixed}) {
@@ -95,24 +121,33 @@ TEST_P(AttentionTest, DecodeOverALongCache) {
 }
 
 TEST_P(AttentionTest, SelectingEverythingEqualsDense) {
-  for (const Selection selection : {Selection::kAllBands, Selection::kAllVerticals}) {
-    const AttentionCase c{9, 3, 64, 300, 300, selection};
+  for (const AttentionCase& c :
+       {AttentionCase{9, 3, 64, 300, 300, Selection::kAllBands},
+        AttentionCase{9, 3, 64, 300, 300, Selection::kAllVerticals},
+        AttentionCase{9, 3, 64, 300, 300, Selection::kAllBlocks},
+        AttentionCase{9, 3, 64, 300, 300, Selection::kAllBlocks, 0, 1, true},
+        AttentionCase{9, 3, 64, 300, 300, Selection::kAllBands, 0, 1, true}}) {
     const AttentionProblem problem(c, dtype());
     Tensor sparse(0, dtype()), dense(0, dtype());
     AttentionSequence s = problem.Writing(&sparse);
     ASSERT_EQ(AttentionCpu(problem.shape(), &s, 1, nullptr), KernelStatus::kOk);
     s = problem.Writing(&dense);
     s.index = nullptr;
+    s.tiles = nullptr;
     ASSERT_EQ(AttentionCpu(problem.shape(), &s, 1, nullptr), KernelStatus::kOk);
     EXPECT_TRUE(Near(sparse, dense, AttentionTolerance(dtype()), c.ToString()));
   }
 }
 
 TEST_P(AttentionTest, VarlenBatchEqualsOneByOne) {
-  const std::vector<AttentionCase> cases = {
-      {9, 3, 64, 1, 700, Selection::kDense, 0, 1},   {9, 3, 64, 130, 130, Selection::kMixed, 0, 2},
-      {9, 3, 64, 1, 1, Selection::kDense, 0, 3},     {9, 3, 64, 64, 200, Selection::kDense, 8, 4},
-      {9, 3, 64, 517, 517, Selection::kLocal, 0, 5}, {9, 3, 64, 300, 600, Selection::kMixed, 0, 6}};
+  const std::vector<AttentionCase> cases = {{9, 3, 64, 1, 700, Selection::kDense, 0, 1},
+                                            {9, 3, 64, 130, 130, Selection::kMixed, 0, 2},
+                                            {9, 3, 64, 1, 1, Selection::kDense, 0, 3},
+                                            {9, 3, 64, 64, 200, Selection::kDense, 8, 4},
+                                            {9, 3, 64, 517, 517, Selection::kLocal, 0, 5},
+                                            {9, 3, 64, 300, 600, Selection::kMixed, 0, 6},
+                                            {9, 3, 64, 70, 300, Selection::kBlocks, 0, 7},
+                                            {9, 3, 64, 70, 300, Selection::kMixed, 0, 8, true}};
   std::vector<AttentionProblem> problems;
   problems.reserve(cases.size());
   std::vector<Tensor> batched(cases.size(), Tensor(0, dtype()));
@@ -192,31 +227,33 @@ TEST_P(AttentionTest, LargeScores) {
 
 // Element offsets past 2^31: heads that lie far apart in reserved, mostly untouched memory.
 TEST_P(AttentionTest, OffsetsBeyond32Bits) {
-  const AttentionCase c{2, 2, 64, 70, 70, Selection::kMixed};
-  const AttentionProblem problem(c, dtype());
-  const int64_t head_stride = (int64_t{1} << 31) + 4096;
-  const size_t bytes = static_cast<size_t>((head_stride + 70 * 64) * SizeOf(dtype()));
-  void* const region = mmap(nullptr, 2 * bytes, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (region == MAP_FAILED) GTEST_SKIP() << "no address space for " << 2 * bytes << " bytes";
-  const auto far = [&](const void* tight, char* base) {
-    const int64_t head_bytes = problem.sequence().kv_head_stride * SizeOf(dtype());
-    for (int64_t head = 0; head < 2; ++head) {
-      std::memcpy(base + head * head_stride * SizeOf(dtype()),
-                  static_cast<const char*>(tight) + head * head_bytes, head_bytes);
-    }
-    return base;
-  };
-  Tensor expected(0, dtype()), out(0, dtype());
-  AttentionSequence s = problem.Writing(&expected);
-  ASSERT_EQ(AttentionRef(problem.shape(), &s, 1, nullptr), KernelStatus::kOk);
-  s = problem.Writing(&out);
-  s.k = far(s.k, static_cast<char*>(region));
-  s.v = far(s.v, static_cast<char*>(region) + bytes);
-  s.kv_head_stride = head_stride;
-  EXPECT_EQ(AttentionCpu(problem.shape(), &s, 1, nullptr), KernelStatus::kOk);
-  EXPECT_TRUE(Near(out, expected, AttentionTolerance(dtype()), c.ToString()));
-  munmap(region, 2 * bytes);
+  for (const Selection selection : {Selection::kMixed, Selection::kBlocks}) {
+    const AttentionCase c{2, 2, 64, 70, 70, selection};
+    const AttentionProblem problem(c, dtype());
+    const int64_t head_stride = (int64_t{1} << 31) + 4096;
+    const size_t bytes = static_cast<size_t>((head_stride + 70 * 64) * SizeOf(dtype()));
+    void* const region = mmap(nullptr, 2 * bytes, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (region == MAP_FAILED) GTEST_SKIP() << "no address space for " << 2 * bytes << " bytes";
+    const auto far = [&](const void* tight, char* base) {
+      const int64_t head_bytes = problem.sequence().kv_head_stride * SizeOf(dtype());
+      for (int64_t head = 0; head < 2; ++head) {
+        std::memcpy(base + head * head_stride * SizeOf(dtype()),
+                    static_cast<const char*>(tight) + head * head_bytes, head_bytes);
+      }
+      return base;
+    };
+    Tensor expected(0, dtype()), out(0, dtype());
+    AttentionSequence s = problem.Writing(&expected);
+    ASSERT_EQ(AttentionRef(problem.shape(), &s, 1, nullptr), KernelStatus::kOk);
+    s = problem.Writing(&out);
+    s.k = far(s.k, static_cast<char*>(region));
+    s.v = far(s.v, static_cast<char*>(region) + bytes);
+    s.kv_head_stride = head_stride;
+    EXPECT_EQ(AttentionCpu(problem.shape(), &s, 1, nullptr), KernelStatus::kOk);
+    EXPECT_TRUE(Near(out, expected, AttentionTolerance(dtype()), c.ToString()));
+    munmap(region, 2 * bytes);
+  }
 }
 
 TEST_P(AttentionTest, UnsupportedShapesAreRefused) {
@@ -229,6 +266,14 @@ TEST_P(AttentionTest, UnsupportedShapesAreRefused) {
   EXPECT_EQ(AttentionCpu(shape, nullptr, 0, nullptr), KernelStatus::kUnsupportedShape);
   shape = {129, 1, 64, dtype(), 0.125f};
   EXPECT_EQ(AttentionCpu(shape, nullptr, 0, nullptr), KernelStatus::kUnsupportedShape);
+  // An index for neither the KV groups nor the query heads.
+  const AttentionProblem problem({9, 3, 64, 10, 10, Selection::kBlocks}, dtype());
+  Tensor out(0, dtype());
+  AttentionSequence s = problem.Writing(&out);
+  TileIndexView tiles = *s.tiles;
+  tiles.num_groups = 1;
+  s.tiles = &tiles;
+  EXPECT_EQ(AttentionCpu(problem.shape(), &s, 1, nullptr), KernelStatus::kUnsupportedShape);
 }
 
 INSTANTIATE_TEST_SUITE_P(AllIsas, AttentionTest,

@@ -21,6 +21,10 @@ enum class Selection {
   kAllBands,        // every block of distances
   kMixed,           // some of both
   kMixedDenseTail,  // the same, the last positions dense
+  kBlocks,          // block-sparse: each row's own block and some others
+  kAllBlocks,       // every block
+  kColumns,         // some blocks, and single columns shared by three row tiles
+  kMeans,           // some blocks, the others through their means
 };
 
 inline const char* Name(Selection selection) {
@@ -37,6 +41,14 @@ inline const char* Name(Selection selection) {
       return "mixed";
     case Selection::kMixedDenseTail:
       return "mixed_dense_tail";
+    case Selection::kBlocks:
+      return "blocks";
+    case Selection::kAllBlocks:
+      return "all_blocks";
+    case Selection::kColumns:
+      return "columns";
+    case Selection::kMeans:
+      return "means";
   }
   return "";
 }
@@ -102,18 +114,73 @@ class OwnedIndex {
   std::vector<uint32_t> bits_;
 };
 
+/// A TileIndexView with its memory. Means are random numbers: execution must not care.
+class OwnedTiles {
+ public:
+  OwnedTiles(Selection selection, int groups, int group_size, int kv_heads, int head_dim,
+             DType dtype, int64_t q_tokens, int64_t kv_tokens, uint32_t seed)
+      : k_means_(kv_heads * (KeyBlocks(kv_tokens) + 2) * head_dim, dtype, seed + 1),
+        v_means_(kv_heads * (KeyBlocks(kv_tokens) + 2) * head_dim, dtype, seed + 2) {
+    const int64_t positions = RowTilePositions(group_size);
+    view_.num_groups = groups;
+    view_.first_tile = (kv_tokens - q_tokens) / positions;
+    view_.num_tiles = (kv_tokens - 1) / positions + 1 - view_.first_tile;
+    view_.block_words = KeyBlockWords(kv_tokens) + 1;
+    view_.tiles_per_set = 3;
+    view_.column_words = (kv_tokens + 31) / 32 + 2;
+    blocks_.resize(groups * view_.num_tiles * view_.block_words);
+    columns_.resize(groups * view_.num_sets() * view_.column_words);
+    view_.blocks = blocks_.data();
+    if (selection == Selection::kColumns) view_.columns = columns_.data();
+    if (selection == Selection::kMeans) {
+      view_.k_means = k_means_.data();
+      view_.v_means = v_means_.data();
+      view_.means_stride = KeyBlocks(kv_tokens) + 2;
+    }
+    std::mt19937 generator(seed);
+    std::uniform_real_distribution<double> uniform(0.0, 1.0);
+    const double share = selection == Selection::kAllBlocks ? 1.0 : 0.3;
+    for (int g = 0; g < groups; ++g) {
+      for (int64_t t = view_.first_tile; t < view_.first_tile + view_.num_tiles; ++t) {
+        uint32_t* const bits = view_.BlocksOf(g, t);
+        const int64_t first = t * positions, last = std::min(first + positions, kv_tokens) - 1;
+        for (int64_t b = 0; b < KeyBlocks(kv_tokens); ++b) {
+          const bool own = b >= first / kKeyBlock && b <= last / kKeyBlock;
+          if (own || uniform(generator) < share) SetBit(bits, b);
+        }
+        if (view_.columns == nullptr) continue;
+        // Left of the first row tile of the set.
+        const int64_t end = t / view_.tiles_per_set * view_.tiles_per_set * positions;
+        for (int64_t c = 0; c < end; ++c) {
+          if (uniform(generator) < 0.1) SetBit(view_.ColumnsOf(g, t), c);
+        }
+      }
+    }
+  }
+  OwnedTiles(const OwnedTiles&) = delete;
+  OwnedTiles& operator=(const OwnedTiles&) = delete;
+  const TileIndexView& view() const { return view_; }
+
+ private:
+  Tensor k_means_, v_means_;
+  std::vector<uint32_t> blocks_, columns_;
+  TileIndexView view_;
+};
+
 struct AttentionCase {
   int q_heads = 1, kv_heads = 1, head_dim = 64;
   int64_t q_tokens = 1, kv_tokens = 1;
   Selection selection = Selection::kDense;
   int64_t extra_stride = 0;  // added to every token stride
   uint32_t seed = 1;
+  bool per_head = false;  // the index is per query head, not per KV group
 
   std::string ToString() const {
     return "q_heads " + std::to_string(q_heads) + ", kv_heads " + std::to_string(kv_heads) +
            ", head_dim " + std::to_string(head_dim) + ", q_tokens " + std::to_string(q_tokens) +
            ", kv_tokens " + std::to_string(kv_tokens) + ", " + Name(selection) + ", extra_stride " +
-           std::to_string(extra_stride) + ", seed " + std::to_string(seed);
+           std::to_string(extra_stride) + ", seed " + std::to_string(seed) +
+           (per_head ? ", per head" : "");
   }
 };
 
@@ -139,9 +206,14 @@ class AttentionProblem {
     sequence_.kv_head_stride = c.kv_tokens * kv_stride_;
     sequence_.q_tokens = c.q_tokens;
     sequence_.kv_tokens = c.kv_tokens;
-    if (c.selection != Selection::kDense) {
-      index_ = std::make_unique<OwnedIndex>(c.selection, c.kv_heads, c.q_heads / c.kv_heads,
-                                            c.kv_tokens, c.seed + 4);
+    const int groups = c.per_head ? c.q_heads : c.kv_heads;
+    if (c.selection >= Selection::kBlocks) {
+      tiles_ = std::make_unique<OwnedTiles>(c.selection, groups, c.q_heads / groups, c.kv_heads,
+                                            c.head_dim, dtype, c.q_tokens, c.kv_tokens, c.seed + 4);
+      sequence_.tiles = &tiles_->view();
+    } else if (c.selection != Selection::kDense) {
+      index_ = std::make_unique<OwnedIndex>(c.selection, groups, c.q_heads / groups, c.kv_tokens,
+                                            c.seed + 4);
       sequence_.index = &index_->view();
     }
   }
@@ -163,6 +235,7 @@ class AttentionProblem {
   AttentionShape shape_;
   AttentionSequence sequence_;
   std::unique_ptr<OwnedIndex> index_;
+  std::unique_ptr<OwnedTiles> tiles_;
 };
 
 /// docs/numerics.md: attention output.

@@ -1,5 +1,5 @@
-// Attention methods over the reference and the CPU kernels: registry, parameters, dense and
-// VSPrefill execution, chunks, batches, pair counts and statistics.
+// Attention methods over the reference and the CPU kernels: registry, parameters, execution of each
+// method, chunks, batches, pair counts and statistics.
 #include "server/attention/attention_method.h"
 
 #include <cmath>
@@ -296,6 +296,170 @@ TEST_P(AttentionMethodTest, KernelErrorsNameTheOperation) {
   sequences[0].prompt_tokens = 200;  // shorter than what is there
   auto method = Make("vsprefill", {{"dense_below", 0}});
   EXPECT_THAT(std::string(Attend(*method, sequences).message()), HasSubstr("selection"));
+}
+
+/// Every sparse method, with parameters that keep everything and ones that leave something out of
+/// a prompt of 900 tokens.
+struct Rival {
+  std::string name;
+  std::map<std::string, double> everything, sparse;
+};
+const std::vector<Rival>& Rivals() {
+  static const auto* rivals = new std::vector<Rival>{
+      {"streaming_llm", {{"window_tokens", 900}}, {{"sink_tokens", 4}, {"window_tokens", 200}}},
+      {"flashprefill", {{"alpha", 0}}, {{"alpha", 1}, {"window_tokens", 128}}},
+      {"flashprefill_v2",
+       {{"alpha", 0}, {"dense_below", 0}},
+       {{"alpha", 1}, {"window_tokens", 128}, {"last_tiles", 0}, {"dense_below", 0}}},
+      {"minference",
+       {{"vertical_size", 0}, {"slash_size", 900}},
+       {{"vertical_size", 100}, {"slash_size", 50}}},
+      {"flexprefill", {{"gamma", 1}, {"min_budget", 1}}, {{"gamma", 0.3}, {"min_budget", 1}}},
+      {"xattention", {{"threshold", 1}}, {{"threshold", 0.5}}},
+      {"anchor_attention", {{"theta", 1e6}, {"step", 2}}, {{"theta", 1}, {"step", 1}}},
+  };
+  return *rivals;
+}
+
+TEST_P(AttentionMethodTest, EveryMethodIsTested) {
+  std::vector<std::string> names = {"dense", "vsprefill"}, listed;
+  for (const Rival& rival : Rivals()) names.push_back(rival.name);
+  for (const MethodSpec& spec : MethodSpecs()) listed.push_back(spec.name);
+  EXPECT_THAT(listed, testing::UnorderedElementsAreArray(names));
+}
+
+TEST_P(AttentionMethodTest, EveryMethodEqualsDenseWhereItKeepsEverything) {
+  Prompt prompt(900, 21);
+  const auto dense = Whole(*Make("dense"), prompt);
+  for (const Rival& rival : Rivals()) {
+    SCOPED_TRACE(rival.name);
+    PairCounts counts;
+    auto method = Make(rival.name, rival.everything);
+    EXPECT_FALSE(method->needs_indexer_logits());
+    EXPECT_LT(MaxDifference(dense, Whole(*method, prompt, &counts)), 1e-5);
+    EXPECT_EQ(counts.unmasked, counts.dense);
+    // In chunks, too.
+    prompt.out.assign(prompt.out.size(), NAN);
+    PairCounts chunked;
+    for (const auto& [begin, end] : {std::pair{0, 333}, {333, 334}, {334, 900}}) {
+      ASSERT_TRUE(Attend(*method, {prompt.Chunk(begin, end, &chunked)}).ok());
+    }
+    EXPECT_LT(MaxDifference(dense, prompt.out), 1e-5);
+    EXPECT_EQ(chunked.unmasked, counts.unmasked);
+  }
+}
+
+TEST_P(AttentionMethodTest, EveryMethodReadsFewerPairsAndReportsThem) {
+  Prompt prompt(900, 22);
+  const auto dense = Whole(*Make("dense"), prompt);
+  for (const Rival& rival : Rivals()) {
+    SCOPED_TRACE(rival.name);
+    PairCounts counts;
+    auto method = Make(rival.name, rival.sparse);
+    const auto out = Whole(*method, prompt, &counts);
+    EXPECT_GT(MaxDifference(dense, out), 1e-3);
+    EXPECT_LT(counts.unmasked, 0.95 * counts.dense);
+    EXPECT_GT(counts.unmasked, 0.1 * counts.dense);
+    EXPECT_GE(counts.multiplied, counts.unmasked);
+    EXPECT_EQ(counts.dense, kHeads * 900 * 901 / 2);
+    EXPECT_GT(method->index_statistics().select_seconds, 0);
+    // Short prompts and first layers stay dense on demand.
+    for (const auto& stays : {std::pair{"dense_below", 901.0}, {"dense_layers", 1.0}}) {
+      auto parameters = rival.sparse;
+      parameters[stays.first] = stays.second;
+      PairCounts all;
+      EXPECT_EQ(MaxDifference(dense, Whole(*Make(rival.name, parameters), prompt, &all)), 0);
+      EXPECT_EQ(all.unmasked, all.dense);
+    }
+  }
+}
+
+// A batch gives each sequence what it gets alone; a method is used again for other shapes.
+TEST_P(AttentionMethodTest, EveryMethodInABatch) {
+  Prompt a(700, 23), b(300, 24), c(450, 25);
+  for (const Rival& rival : Rivals()) {
+    SCOPED_TRACE(rival.name);
+    std::vector<std::vector<float>> single;
+    for (Prompt* prompt : {&a, &b, &c}) {
+      single.push_back(Whole(*Make(rival.name, rival.sparse), *prompt));
+      prompt->out.assign(prompt->out.size(), NAN);
+    }
+    auto method = Make(rival.name, rival.sparse);
+    ASSERT_TRUE(Attend(*method, {c.Chunk(0, 450, nullptr)}).ok());
+    ASSERT_TRUE(Attend(*method, {a.Chunk(0, 700, nullptr), b.Chunk(0, 300, nullptr),
+                                 c.Chunk(0, 450, nullptr)})
+                    .ok());
+    EXPECT_LT(MaxDifference(a.out, single[0]), 1e-6);
+    EXPECT_LT(MaxDifference(b.out, single[1]), 1e-6);
+    EXPECT_LT(MaxDifference(c.out, single[2]), 1e-6);
+  }
+}
+
+TEST_P(AttentionMethodTest, MeanCorrectionOnlyAddsPseudoKeys) {
+  Prompt prompt(900, 26);
+  auto parameters = Rivals()[2].sparse;
+  PairCounts with, without;
+  const auto corrected = Whole(*Make("flashprefill_v2", parameters), prompt, &with);
+  parameters["mean_correction"] = 0;
+  const auto plain = Whole(*Make("flashprefill_v2", parameters), prompt, &without);
+  EXPECT_GT(MaxDifference(corrected, plain), 1e-3);
+  EXPECT_EQ(with.unmasked, without.unmasked);
+  EXPECT_GT(with.multiplied, without.multiplied);
+  // Closer to dense: what is left out here is spread evenly.
+  const auto dense = Whole(*Make("dense"), prompt);
+  double error_with = 0, error_without = 0;
+  for (size_t i = 0; i < dense.size(); ++i) {
+    error_with += std::pow(corrected[i] - dense[i], 2);
+    error_without += std::pow(plain[i] - dense[i], 2);
+  }
+  EXPECT_LT(error_with, 0.8 * error_without);
+}
+
+TEST_P(AttentionMethodTest, FlexPrefillIsDenseUpToItsBudget) {
+  Prompt prompt(256, 27), longer(520, 28);
+  PairCounts counts;
+  Whole(*Make("flexprefill", {{"gamma", 0.1}, {"min_budget", 1}}), prompt, &counts);
+  EXPECT_EQ(counts.unmasked, counts.dense);
+  counts = {};
+  Whole(*Make("flexprefill", {{"gamma", 0.1}, {"min_budget", 513}}), longer, &counts);
+  EXPECT_EQ(counts.unmasked, counts.dense);
+  counts = {};
+  Whole(*Make("flexprefill", {{"gamma", 0.1}, {"min_budget", 1}}), longer, &counts);
+  EXPECT_LT(counts.unmasked, counts.dense);
+}
+
+TEST_P(AttentionMethodTest, EveryMethodRefusesBadParameters) {
+  for (const Rival& rival : Rivals()) {
+    SCOPED_TRACE(rival.name);
+    for (const MethodSpec& spec : MethodSpecs()) {
+      if (spec.name != rival.name) continue;
+      for (const ParameterSpec& parameter : spec.parameters) {
+        SCOPED_TRACE(parameter.name);
+        EXPECT_FALSE(parameter.help.empty());
+        for (const double value : {parameter.min - 1, parameter.max + 1, double{NAN}}) {
+          EXPECT_THAT(MessageFor(context_, rival.name, {{parameter.name, value}}),
+                      HasSubstr(parameter.name + " = "));
+        }
+        if (parameter.whole) {
+          MessageFor(context_, rival.name, {{parameter.name, parameter.min + 0.5}});
+        }
+        Make(rival.name, {{parameter.name, parameter.min}});
+        Make(rival.name, {{parameter.name, parameter.max}});
+      }
+    }
+  }
+  EXPECT_THAT(MessageFor(context_, "xattention", {{"stride", 12}}),
+              AllOf(HasSubstr("stride = 12"), HasSubstr("4, 8, 16, 32, 64")));
+}
+
+TEST_P(AttentionMethodTest, MethodsThatADeviceHasNotAreRefused) {
+  kernels::KernelSet set = kernels::CpuKernels();
+  set.select_flex = nullptr;
+  context_.kernels = &set;
+  const auto method = CreateMethod(context_, "flexprefill", {});
+  EXPECT_EQ(method.status().code(), absl::StatusCode::kUnimplemented);
+  EXPECT_THAT(std::string(method.status().message()), HasSubstr("\"flexprefill\" does not run on"));
+  EXPECT_TRUE(CreateMethod(context_, "xattention", {}).ok());
 }
 
 INSTANTIATE_TEST_SUITE_P(Kernels, AttentionMethodTest, testing::Bool(),

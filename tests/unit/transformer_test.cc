@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -117,17 +118,19 @@ class TransformerTest : public testing::TestWithParam<std::string> {
     return *cache;
   }
 
-  static std::unique_ptr<attention::AttentionMethod> Dense(Transformer& model) {
-    auto method = attention::CreateMethod(model.method_context(), "dense", {});
-    EXPECT_TRUE(method.ok()) << method.status();
-    return *std::move(method);
-  }
+  struct Method {
+    std::string name;
+    std::map<std::string, double> parameters;
+  };
 
   // Prefills each prompt in chunks of `chunk_tokens`, all prompts in the same forward calls.
   static std::vector<Outcome> Prefill(Transformer& model,
                                       const std::vector<std::vector<int32_t>>& prompts,
-                                      int64_t chunk_tokens) {
-    const std::unique_ptr<attention::AttentionMethod> method = Dense(model);
+                                      int64_t chunk_tokens,
+                                      const Method& attention = {"dense", {}}) {
+    auto method =
+        attention::CreateMethod(model.method_context(), attention.name, attention.parameters);
+    EXPECT_TRUE(method.ok()) << method.status();
     std::vector<std::shared_ptr<kv::KvCache>> caches;
     std::vector<Outcome> runs(prompts.size());
     for (const auto& ids : prompts) {
@@ -150,7 +153,7 @@ class TransformerTest : public testing::TestWithParam<std::string> {
       }
       if (batch.empty()) break;
       ForwardOptions options;
-      options.method = method.get();
+      options.method = method->get();
       options.logits = LogitsMode::kLast;
       auto result = model.Forward(batch, options);
       EXPECT_TRUE(result.ok()) << result.status();
@@ -243,6 +246,42 @@ TEST_P(TransformerTest, ChunksAndBatchesGiveTheSame) {
   ExpectClose(batch[0], half_alone.k, half_alone.v, half_alone.logits, 1e-3);
   ExpectClose(batch[1], one_alone.k, one_alone.v, one_alone.logits, 1e-3);
   ExpectClose(batch[2], whole.k, whole.v, whole.logits, 1e-3);
+}
+
+// Every method that needs no indexer, whole and in chunks: what transformers computed where it
+// keeps everything, and something else where it does not.
+TEST_P(TransformerTest, MethodsGoThroughTheForwardPass) {
+  const Expected expected = ReadExpected(GetParam());
+  ASSERT_FALSE(expected.ids.empty());
+  const auto model = Load(GetParam(), DType::kF32);
+  ASSERT_NE(model, nullptr);
+  const int64_t n = expected.ids.size();
+  const std::map<std::string, std::map<std::string, double>> everything = {
+      {"dense", {}},
+      {"streaming_llm", {{"window_tokens", static_cast<double>(n)}}},
+      {"flashprefill", {{"alpha", 0}, {"last_tiles", 0}}},
+      {"flashprefill_v2", {{"alpha", 0}, {"last_tiles", 0}, {"dense_below", 0}}},
+      {"minference", {{"slash_size", static_cast<double>(n)}}},
+      {"flexprefill", {{"gamma", 1}, {"min_budget", 1}}},
+      {"xattention", {{"threshold", 1}}},
+      {"anchor_attention", {{"theta", 1e6}, {"step", 1}}},
+  };
+  for (const attention::MethodSpec& spec : attention::MethodSpecs()) {
+    if (spec.needs_indexer) continue;
+    SCOPED_TRACE(spec.name);
+    ASSERT_TRUE(everything.contains(spec.name)) << "a new method: add it to the list above";
+    for (const int64_t chunk_tokens : {n, 1 + n / 3}) {
+      const Outcome run =
+          Prefill(*model, {expected.ids}, chunk_tokens, {spec.name, everything.at(spec.name)})[0];
+      ExpectClose(run, expected.k, expected.v, expected.logits, 1e-3);
+    }
+  }
+  // The window's rows see less, which the next layers' keys show.
+  const Outcome window = Prefill(*model, {expected.ids}, n,
+                                 {"streaming_llm", {{"sink_tokens", 1}, {"window_tokens", 1}}})[0];
+  if (n > 400) {
+    EXPECT_GT(MaxAbsError(window.k.back(), expected.k.back()), 1e-3);
+  }
 }
 
 // Every folder with an expected file is a case, so a new fixture is tested without a change here.
