@@ -44,3 +44,20 @@ def test_vllm_guide_names_every_metric():
     assert len(names) == 7
     for kind, name in names:
         assert f"`vllm:vsprefill_{name}{'_total' if kind == 'counter' else ''}`" in text
+
+
+def test_adding_a_method_shows_the_real_one():
+    text = (ROOT / "docs/adding_a_method.md").read_text()
+    source = (ROOT / "server/attention/streaming_llm.cc").read_text()
+    (example,) = re.findall(r"```cpp\n(.*?)```", text, re.S)
+    for part in re.split(r"\n\n(?=MethodSpec)", example.strip()):
+        assert part in source
+    assert "VSP_METHOD(StreamingLlmSpec)" in (ROOT / "server/attention/methods.inc").read_text()
+
+
+def test_methods_page_names_every_method_and_parameter():
+    page = (ROOT / "docs/methods.md").read_text() + (ROOT / "docs/vsprefill.md").read_text()
+    for path in (ROOT / "server/attention").glob("*.cc"):
+        source = path.read_text()
+        for name in re.findall(r'spec\.name = "(\w+)"', source) + re.findall(r'\{"(\w+)",', source):
+            assert f"`{name}`" in page, f"{path.name}: {name}"
