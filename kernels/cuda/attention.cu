@@ -63,6 +63,16 @@ SequenceParams Describe(const AttentionSequence& s, int64_t row_tile) {
   return p;
 }
 
+/// The fastest kernel for these shapes on the current device.
+KernelStatus LaunchBf16(const AttentionBatch& batch, int num_items, int head_dim,
+                        cudaStream_t stream) {
+  if (cuda::DeviceIsSm90()) {
+    const KernelStatus status = cuda::LaunchAttentionSm90(batch, num_items, head_dim, stream);
+    if (status != KernelStatus::kUnsupportedShape) return status;
+  }
+  return cuda::LaunchAttentionBf16(batch, num_items, head_dim, stream);
+}
+
 }  // namespace
 
 KernelStatus AttentionCuda(const AttentionShape& shape, const AttentionSequence* sequences,
@@ -97,7 +107,7 @@ KernelStatus AttentionCuda(const AttentionShape& shape, const AttentionSequence*
     const cudaStream_t cuda_stream = cuda::AsCuda(stream);
     const KernelStatus status =
         shape.dtype == DType::kBF16
-            ? cuda::LaunchAttentionBf16(batch, num_items, shape.head_dim, cuda_stream)
+            ? LaunchBf16(batch, num_items, shape.head_dim, cuda_stream)
             : cuda::LaunchAttentionF32(batch, num_items, shape.head_dim, cuda_stream);
     if (status != KernelStatus::kOk) return status;
   }
