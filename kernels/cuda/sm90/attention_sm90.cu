@@ -8,24 +8,23 @@
 // item is a (KV group, row tile) as in attention_params.cuh; consumer w owns packed rows 64 w to
 // 64 w + 63 (packed row r: position first + r / g, head r % g).
 //
-// Column tiles. A tile has two halves of 64 columns; half h of tile t is block number 2 t + h of
-// the walk: first the selected distance blocks, nearest first (contiguous columns: TMA, rows
+// Column tiles. A tile has two halves of 64 columns; half h of an item's tile t is number 2 t + h
+// of its walk: first the selected distance blocks, nearest first (contiguous columns: TMA, rows
 // outside the sequence arrive as zeros), then the verticals that no band covers, compacted on the
-// fly, 64 at a time (gathered: cp.async, all four producer warps). A tile may hold one half of each
-// kind; what is missing in the last tile is masked.
+// fly, 64 at a time (gathered: cp.async). A tile may hold one half of each kind; the last one may
+// lack the second half.
 //
-// Shared memory, all tiles as [head_dim / 64][128 rows][64 elements], 128-byte swizzle (16-byte
+// Shared memory, tiles as [head_dim / 64][128 rows][64 elements] with 128-byte swizzle (16-byte
 // chunk c of row r lies at c ^ (r % 8)), the layout of TMA and wgmma:
-//   q            the item's 128 packed rows
+//   q            packed rows of two items
 //   k, v         kStages tiles each, with a full and an empty barrier each
-//   columns      ring of column numbers: 128 for each of kRingTiles tiles. Written for gathered
-//                halves and for masked tiles, read by the gather and by the mask.
-//   notes        per K stage: work item and flags of the tile
+//   plans        ring of kPlans tiles: what each is made of
+//   columns      ring of column numbers, 128 for each plan. Written for gathered halves and for
+//                masked tiles, read by the gather and by the mask.
 //
-// Producer warp 0 issues TMA and notes, warp 1 compacts verticals one tile ahead, warps 2 and 3
-// fetch queries; all gather. Consumers overlap the softmax of one tile with the products S = Q K of
-// the next and O += P V of the one before, and take turns at issuing products (named barriers), so
-// that one's softmax runs under the other's products.
+// Producer warps: 0 issues TMA; 1 plans: draws work items and walks their index, some tiles ahead;
+// 2 gathers keys, 3 values. Consumers overlap the softmax of one tile with the products S = Q K of
+// the next, of the next item's first one too, and O += P V of the one before.
 //
 // Scheduling: items are drawn from a counter (item_counter.h), heaviest first; while a stream is
 // captured each block takes every gridDim-th item. An item's result does not depend on who
@@ -46,67 +45,76 @@ namespace vsprefill::kernels::cuda {
 namespace sm90 {
 namespace {
 
-constexpr int kRows = kPackedRows;  // of a row tile
-constexpr int kColumns = 128;       // of a column tile
-constexpr int kHalf = kBandBlock;   // columns of half a tile
+constexpr int kColumns = 128;      // of a column tile
+constexpr int kHalf = kBandBlock;  // columns of half a tile
 constexpr int kWarpgroup = 128;
 constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kProducerRegisters = 56;
 constexpr int kConsumerRegisters = 224;
-constexpr int kQueryThreads = 64;  // producer warps 2 and 3
+constexpr int kPlans = 8;
+constexpr int kTurnBarrier =
+    1;  // named barriers 1 and 2: consumer 0's (1's) turn to issue products
 static_assert(kColumns == 2 * kHalf);
 
-// Named barriers.
-constexpr int kProducerBarrier = 1;
-constexpr int kTurnBarrier = 2;  // and 3: it is consumer 0's (1's) turn to issue products
-
-// TileNote::flags
+// Plan::flags
 constexpr int kMasked = 1;    // some (row, column) pair may be invisible: look at `columns`
-constexpr int kLast = 2;      // of its item
-constexpr int kGathered = 4;  // cp.async wrote part of it
+constexpr int kFirst = 2;     // of its item
+constexpr int kLast = 4;      // of its item
+constexpr int kGather0 = 8;   // half 0 is gathered, else a band or nothing
+constexpr int kGather1 = 16;  // the same for half 1
+constexpr int kGathers = kGather0 | kGather1;
 
-struct TileNote {
+/// What a tile is made of.
+struct alignas(16) Plan {
   int32_t item;  // -1: no more work
   int32_t flags;
+  int32_t first_column[2];  // of halves that are not gathered; may be negative, -64: nothing
 };
 
 template <int kHeadDim>
 struct Config {
   static constexpr int kStages = kHeadDim == 128 ? 2 : 3;
-  static constexpr int kRingTiles = kStages + 2;  // in flight, being gathered, being compacted
-  static constexpr int kSlices = kHeadDim / 64;   // of 64 elements = 128 bytes
+  static constexpr int kSlices = kHeadDim / 64;  // of 64 elements = 128 bytes
   static constexpr int kSliceBytes = kColumns * 128;
   static constexpr int kTileBytes = kSlices * kSliceBytes;
+  // The planner must be able to run ahead of the loader, which retires a plan kStages tiles late.
+  static_assert(kPlans > kStages + 2);
 };
 
 template <int kHeadDim>
 struct alignas(1024) Shared {
   using C = Config<kHeadDim>;
-  uint8_t q[C::kTileBytes];
+  uint8_t q[2][C::kTileBytes];
   uint8_t k[C::kStages][C::kTileBytes];
   uint8_t v[C::kStages][C::kTileBytes];
   uint64_t k_full[C::kStages], k_empty[C::kStages];
   uint64_t v_full[C::kStages], v_empty[C::kStages];
-  uint64_t q_full, q_empty;
-  TileNote notes[C::kStages];
-  int32_t gathered_flags[2];  // by parity of the tile
-  int32_t next_item[2];       // by parity of the item
-  int32_t columns[C::kRingTiles * kColumns];
+  uint64_t q_full[2], q_empty[2];
+  uint64_t plan_full[kPlans], plan_empty[kPlans];
+  Plan plans[kPlans];
+  alignas(16) int32_t columns[kPlans][kColumns];
 };
 
-/// Where tile number `tile` (counted over all items of the block) lives.
-template <int kHeadDim>
+/// Entry `count` (0, 1, ...) of a ring of kSize: where it lies, and the parity of its full barrier.
+template <int kSize>
 struct Slot {
-  int stage;
-  uint32_t parity;  // of the stage's full barriers
-  int columns;      // start in the ring
-  __device__ __forceinline__ explicit Slot(uint32_t tile)
-      : stage(tile % Config<kHeadDim>::kStages),
-        parity(tile / Config<kHeadDim>::kStages & 1),
-        columns(tile % Config<kHeadDim>::kRingTiles * kColumns) {}
+  uint32_t index;
+  uint32_t parity;
+  __device__ __forceinline__ explicit Slot(uint32_t count)
+      : index(count % kSize), parity(count / kSize & 1) {}
 };
+template <int kHeadDim>
+using Stage = Slot<Config<kHeadDim>::kStages>;
 
-/// Packed row -> (position, head) without a division: row / group_size for rows below 128.
+__device__ __forceinline__ void WaitFull(uint64_t* barriers, uint32_t index, uint32_t parity) {
+  BarrierWait(SharedAddress(&barriers[index]), parity);
+}
+/// Before the first use of an entry this returns at once.
+__device__ __forceinline__ void WaitEmpty(uint64_t* barriers, uint32_t index, uint32_t parity) {
+  BarrierWait(SharedAddress(&barriers[index]), parity ^ 1);
+}
+
+/// Packed row -> position in the row tile: row / group_size without a division, for rows below 128.
 __device__ __forceinline__ int DivideRow(int row, uint32_t reciprocal) {
   return static_cast<int>(row * reciprocal >> 16);
 }
@@ -120,14 +128,7 @@ __device__ __forceinline__ int RowPosition(const AttentionBatchSm90& batch,
   return used ? position : -1;
 }
 
-// ---------------------------------------------------------------------------- producer
-
-/// `x`, but computed anew at each call: what depends on it is not kept in registers across the
-/// tiles of an item. The producer has few.
-__device__ __forceinline__ int Fresh(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
+// ---------------------------------------------------------------------------- planner
 
 /// Number of selected distance blocks 0 .. last_block. Called by a whole warp.
 __device__ __forceinline__ int CountBlocks(const uint32_t* bits, int last_block) {
@@ -141,90 +142,6 @@ __device__ __forceinline__ int CountBlocks(const uint32_t* bits, int last_block)
   return __reduce_add_sync(0xffffffffu, count);
 }
 
-/// The row tile's part of the index. Uniform over the producer.
-struct Walk {
-  bool dense;
-  int num_bands;      // at least partly right of column 0
-  int num_verticals;  // of the group, covered and invisible ones included
-  int first_row, last_row;
-
-  __device__ __forceinline__ Walk(const SequenceParams& s, const WorkItem& item, int row_tile) {
-    first_row = item.tile * row_tile;
-    last_row = first_row + row_tile - 1;
-    dense = s.bands == nullptr || item.tile >= s.first_tile + s.num_tiles - s.dense_tiles;
-    const int last_block = last_row / kBandBlock;
-    num_verticals = dense ? 0 : s.num_verticals[item.group];
-    num_bands =
-        dense ? last_block + 1 : CountBlocks(s.band_bits + item.group * s.band_stride, last_block);
-  }
-  /// Column nearest to the row tile of the walk's band number `i`.
-  __device__ __forceinline__ int Nearest(const SequenceParams& s, int group, int i) const {
-    const int block = dense ? i : s.bands[group * s.band_list_stride + i];
-    return last_row - block * kBandBlock;
-  }
-};
-
-/// Where the compaction of a row tile's verticals stands.
-struct Compaction {
-  int next = 0;     // first vertical not looked at yet
-  int carried = 0;  // columns already in the next tile's slots
-};
-
-/// Compacts uncovered verticals into the ring's slots of `tile`, whose first `taken` ones (0 or 64)
-/// belong to a band, and tells in gathered_flags whether the tile is the last one. Called by one
-/// warp for consecutive tiles.
-template <int kHeadDim>
-__device__ __forceinline__ void FillColumns(Shared<kHeadDim>& shared, const SequenceParams& s,
-                                            int group, const Walk& walk, Compaction& compaction,
-                                            uint32_t tile, int taken) {
-  constexpr int kRing = Config<kHeadDim>::kRingTiles * kColumns;
-  const int lane = threadIdx.x & 31;
-  const int base = Slot<kHeadDim>(tile).columns;
-  const int32_t* verticals = s.verticals + group * s.vertical_stride;
-  const uint32_t* band_bits = s.band_bits + group * s.band_stride;
-  int filled = taken + compaction.carried;
-  // One column past the tile tells that there is another tile.
-  while (filled <= kColumns && compaction.next < walk.num_verticals) {
-    int column[4];
-#pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      const int i = compaction.next + u * 32 + lane;
-      column[u] = i < walk.num_verticals ? verticals[i] : INT_MAX;
-    }
-    bool keep[4];
-#pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      keep[u] = column[u] <= walk.last_row;
-      if (keep[u]) {
-        const int block = (walk.last_row - column[u]) / kBandBlock;
-        keep[u] = (band_bits[block >> 5] >> (block & 31) & 1) == 0;
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      const uint32_t kept = __ballot_sync(0xffffffffu, keep[u]);
-      if (keep[u]) {
-        int slot = base + filled + __popc(kept & ((1u << lane) - 1));
-        if (slot >= kRing) slot -= kRing;
-        shared.columns[slot] = column[u];
-      }
-      filled += __popc(kept);
-    }
-    compaction.next += 128;
-    // Verticals ascend: behind a column right of the row tile nothing is visible.
-    if (__any_sync(0xffffffffu, column[3] > walk.last_row)) compaction.next = walk.num_verticals;
-  }
-  const int count = filled < kColumns ? filled : kColumns;
-  for (int n = count + lane; n < kColumns; n += 32) shared.columns[base + n] = INT_MAX;
-  __syncwarp();
-  if (lane == 0) {
-    const bool masked = shared.columns[base + kColumns - 1] > walk.first_row;
-    shared.gathered_flags[tile & 1] =
-        kGathered | (masked ? kMasked : 0) | (filled <= kColumns ? kLast : 0);
-  }
-  compaction.carried = filled - count;
-}
-
 /// The item after `item` for this block; one thread. Every block draws once for each item that it
 /// computes, so the draw number num_items - 1 is the launch's last one: the counter is left at 0.
 __device__ __forceinline__ int NextItem(const AttentionBatchSm90& batch, int item) {
@@ -235,213 +152,352 @@ __device__ __forceinline__ int NextItem(const AttentionBatchSm90& batch, int ite
   return blocks + draw;
 }
 
-/// Starts the copies of the item's queries; idle rows become zeros. Called by kQueryThreads
-/// threads.
+/// Walks the index of one item after the other and publishes plans. One warp.
 template <int kHeadDim>
-__device__ __forceinline__ void LoadQueries(const AttentionBatchSm90& batch,
-                                            const SequenceParams& sequence, const WorkItem& item,
-                                            uint32_t q_shared, int thread) {
-  constexpr int kChunks = kHeadDim / 8;
-  const int chunk = thread % kChunks;
-  const int group_size = batch.base.group_size;
-  const auto* q = static_cast<const __nv_bfloat16*>(sequence.q) + chunk * 8 +
-                  static_cast<int64_t>(item.group) * group_size * sequence.q_head_stride;
-#pragma unroll 4
-  for (int row = thread / kChunks; row < kRows; row += kQueryThreads / kChunks) {
-    const int position = RowPosition(batch, sequence, item.tile, row);
-    const int head = row - DivideRow(row, batch.group_reciprocal) * group_size;
-    const int64_t offset = position < 0 ? 0
-                                        : (position - sequence.q_start) * sequence.q_token_stride +
-                                              head * sequence.q_head_stride;
-    CopyAsync16(
-        q_shared + chunk / 8 * Config<kHeadDim>::kSliceBytes + row * 128 + ((chunk ^ row) & 7) * 16,
-        q + offset, position >= 0);
-  }
-}
+class Planner {
+ public:
+  __device__ __forceinline__ Planner(const AttentionBatchSm90& batch, Shared<kHeadDim>& shared)
+      : batch_(batch), shared_(shared), lane_(threadIdx.x & 31) {}
 
-/// Starts the copies of rows `first_row` (0 or 64) to 127 of a K or V tile; a column outside the
-/// sequence becomes zeros: its probability is zero, but zero times garbage may be NaN. Called by
-/// the whole producer.
-template <int kHeadDim>
-__device__ __forceinline__ void Gather(uint32_t tile_shared, const SequenceParams& sequence,
-                                       const void* k_or_v, int group, const int32_t* columns,
-                                       int first_row) {
-  constexpr int kChunks = kHeadDim / 8;
-  constexpr int kStep = kWarpgroup / kChunks;  // a multiple of 8: the swizzle stays
-  const int thread = Fresh(threadIdx.x);
-  const int chunk = thread % kChunks;
-  const int row = thread / kChunks;
-  const auto* rows =
-      static_cast<const __nv_bfloat16*>(k_or_v) + group * sequence.kv_head_stride + chunk * 8;
-  columns += row;
-  tile_shared += chunk / 8 * Config<kHeadDim>::kSliceBytes + row * 128 + ((chunk ^ row) & 7) * 16;
-#pragma unroll 8
-  for (int i = first_row; i < kColumns; i += kStep) {
-    const int column = columns[i];
-    const bool valid = static_cast<uint32_t>(column) < static_cast<uint32_t>(sequence.kv_tokens);
-    CopyAsync16(tile_shared + i * 128, rows + (valid ? column * sequence.kv_token_stride : 0),
-                valid);
+  __device__ __forceinline__ void Run() {
+    for (item_ = blockIdx.x; item_ < batch_.num_items;) {
+      int next = 0;
+      if (lane_ == 0) next = NextItem(batch_, item_);
+      PlanItem();
+      item_ = __shfl_sync(0xffffffffu, next, 0);
+    }
+    item_ = -1;
+    Publish(0, kNothing, kNothing);
   }
-}
 
-/// Starts the TMA copy of 64 contiguous columns into half `half` of a K or V tile.
-template <int kHeadDim>
-__device__ __forceinline__ void LoadHalf(uint32_t tile_shared, const CUtensorMap* map,
-                                         uint32_t barrier, int first_column, int group, int half) {
+ private:
+  __device__ __forceinline__ void PlanItem() {
+    const WorkItem work = FindWorkItem(batch_.base, item_);
+    const SequenceParams& s = batch_.base.sequences[work.sequence];
+    first_row_ = work.tile * batch_.base.row_tile;
+    last_row_ = first_row_ + batch_.base.row_tile - 1;
+    const int last_block = last_row_ / kBandBlock;
+    const bool dense =
+        s.bands == nullptr || work.tile >= s.first_tile + s.num_tiles - s.dense_tiles;
+    int num_bands = last_block + 1;  // at least partly right of column 0
+    bands_ = verticals_ = nullptr;
+    num_verticals_ = next_vertical_ = 0;
+    if (!dense) {
+      bands_ = s.bands + work.group * s.band_list_stride;
+      verticals_ = s.verticals + work.group * s.vertical_stride;
+      band_bits_ = s.band_bits + work.group * s.band_stride;
+      num_verticals_ = s.num_verticals[work.group];
+      num_bands = CountBlocks(band_bits_, last_block);
+    }
+    LoadCandidates();
+
+    int first = kFirst;
+    int nearest = 0;  // columns of the bands of tiles 16 i to 16 i + 15, one per lane
+    for (int t = 0; t < num_bands / 2; ++t) {
+      if (t % 16 == 0) nearest = Nearest(2 * t + lane_, num_bands);
+      const int near = __shfl_sync(0xffffffffu, nearest, 2 * t % 32);
+      const int far = __shfl_sync(0xffffffffu, nearest, 2 * t % 32 + 1);
+      const bool masked = near > first_row_ || far < kHalf - 1;
+      if (masked) {
+        WriteBandColumns(0, near);
+        WriteBandColumns(1, far);
+      }
+      const bool last = t == num_bands / 2 - 1 && num_bands % 2 == 0 && num_verticals_ == 0;
+      Publish(first | (masked ? kMasked : 0) | (last ? kLast : 0), near, far);
+      first = 0;
+    }
+    if (num_bands % 2 != 0 || num_verticals_ > 0 || num_bands == 0) {
+      PlanVerticals(first, num_bands % 2 != 0 ? Nearest(num_bands - 1, num_bands) : kNothing);
+    }
+  }
+
+  /// The tiles behind the whole band tiles. `near`: nearest column of the band left over, if any.
+  __device__ __forceinline__ void PlanVerticals(int first, int near) {
+    int flags = first;
+    int filled = 0;  // columns in the slots of this tile and the next
+    if (near != kNothing) {
+      WriteBandColumns(0, near);
+      filled = kHalf;
+      if (near > first_row_ || near < kHalf - 1) flags |= kMasked;
+    }
+    for (;;) {
+      // One column past the tile tells that there is another tile.
+      while (filled <= kColumns && next_vertical_ < num_verticals_) filled = Compact(filled);
+      int32_t* columns = shared_.columns[tile_ % kPlans];
+      for (int n = filled + lane_; n < kColumns; n += 32) columns[n] = INT_MAX;
+      __syncwarp();
+      if (columns[kColumns - 1] > first_row_) flags |= kMasked;
+      if (near == kNothing && filled > 0) flags |= kGather0;
+      if (filled > kHalf) flags |= kGather1;
+      if (filled <= kColumns) break;
+      Publish(flags, near, kNothing);
+      flags = 0;
+      near = kNothing;
+      filled -= kColumns;
+    }
+    Publish(flags | kLast, near, kNothing);
+  }
+
+  /// Looks at the next 128 verticals and appends those that no band covers to the `filled` columns
+  /// of this tile and the next; returns how many there are then.
+  __device__ __forceinline__ int Compact(int filled) {
+    bool keep[4];
 #pragma unroll
-  for (int slice = 0; slice < Config<kHeadDim>::kSlices; ++slice) {
-    TmaLoad3D(tile_shared + slice * Config<kHeadDim>::kSliceBytes + half * kHalf * 128, map,
-              barrier, slice * 64, first_column, group);
+    for (int u = 0; u < 4; ++u) {
+      keep[u] = candidate_[u] <= last_row_;
+      if (keep[u]) {
+        const int block = (last_row_ - candidate_[u]) / kBandBlock;
+        keep[u] = (band_bits_[block >> 5] >> (block & 31) & 1) == 0;
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      const uint32_t kept = __ballot_sync(0xffffffffu, keep[u]);
+      if (keep[u]) {
+        const int n = filled + __popc(kept & ((1u << lane_) - 1));
+        shared_.columns[(tile_ + n / kColumns) % kPlans][n % kColumns] = candidate_[u];
+      }
+      filled += __popc(kept);
+    }
+    next_vertical_ += 128;
+    // Verticals ascend: behind a column right of the row tile nothing is visible.
+    if (__any_sync(0xffffffffu, candidate_[3] > last_row_)) next_vertical_ = num_verticals_;
+    LoadCandidates();
+    return filled;
+  }
+
+  __device__ __forceinline__ void LoadCandidates() {
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      const int i = next_vertical_ + u * 32 + lane_;
+      candidate_[u] = i < num_verticals_ ? verticals_[i] : INT_MAX;
+    }
+  }
+
+  /// Column of band number `i` that is nearest to the row tile.
+  __device__ __forceinline__ int Nearest(int i, int num_bands) const {
+    if (i >= num_bands) return 0;
+    return last_row_ - (bands_ == nullptr ? i : bands_[i]) * kBandBlock;
+  }
+
+  __device__ __forceinline__ void WriteBandColumns(int half, int near) {
+    int32_t* columns = shared_.columns[tile_ % kPlans] + half * kHalf;
+    for (int n = lane_; n < kHalf; n += 32) columns[n] = near - (kHalf - 1) + n;
+    __syncwarp();
+  }
+
+  /// Publishes the plan of this tile; the slots of it and of the next tile are free then.
+  __device__ __forceinline__ void Publish(int flags, int near, int far) {
+    const Slot<kPlans> slot(tile_);
+    if (lane_ == 0) {
+      shared_.plans[slot.index] = {item_, flags, {near - (kHalf - 1), far - (kHalf - 1)}};
+      BarrierArrive(SharedAddress(&shared_.plan_full[slot.index]));
+    }
+    ++tile_;
+    const Slot<kPlans> ahead(tile_ + 1);
+    WaitEmpty(shared_.plan_empty, ahead.index, ahead.parity);
+    __syncwarp();
+  }
+
+  static constexpr int kNothing = -1;  // the 64 columns up to it: all left of the sequence
+
+  const AttentionBatchSm90& batch_;
+  Shared<kHeadDim>& shared_;
+  const int lane_;
+  uint32_t tile_ = 0;  // counted over all items of the block
+  int item_;
+  int first_row_, last_row_;
+  const int32_t* bands_;  // null: every block
+  const int32_t* verticals_;
+  const uint32_t* band_bits_;
+  int num_verticals_, next_vertical_;
+  int candidate_[4];  // verticals next_vertical_ + 32 u + lane
+};
+
+// ---------------------------------------------------------------------------- loader
+
+/// Starts the TMA copies of the halves of a K or V tile that are not gathered. Where none is, the
+/// gatherer's arrival comes from here.
+template <int kHeadDim>
+__device__ __forceinline__ void LoadBands(uint32_t tile_shared, const CUtensorMap* map,
+                                          uint64_t& full, const Plan& plan, int group) {
+  using C = Config<kHeadDim>;
+  const uint32_t barrier = SharedAddress(&full);
+  const bool load[2] = {(plan.flags & kGather0) == 0, (plan.flags & kGather1) == 0};
+  if ((plan.flags & kGathers) == 0) BarrierArrive(barrier);
+  BarrierArriveExpect(barrier, (load[0] + load[1]) * (C::kTileBytes / 2));
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (!load[half]) continue;
+#pragma unroll
+    for (int slice = 0; slice < C::kSlices; ++slice) {
+      TmaLoad3D(tile_shared + slice * C::kSliceBytes + half * kHalf * 128, map, barrier, slice * 64,
+                plan.first_column[half], group);
+    }
   }
 }
 
-/// Everything that fills shared memory. Threads 0 to 127.
+/// Loads queries and bands. One thread.
 template <int kHeadDim>
-__device__ __forceinline__ void Produce(const AttentionBatchSm90& batch, Shared<kHeadDim>& shared) {
+__device__ __forceinline__ void Load(const AttentionBatchSm90& batch, Shared<kHeadDim>& shared) {
   using C = Config<kHeadDim>;
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  const bool leader = threadIdx.x == 0;
-  uint32_t tile = 0;
-  int item_index = blockIdx.x;
-  for (uint32_t items = 0;; ++items) {
-    if (item_index >= batch.num_items) break;
-    int following = 0;
-    if (leader) following = NextItem(batch, item_index);
-    const WorkItem item = FindWorkItem(batch.base, item_index);
-    const SequenceParams& sequence = batch.base.sequences[item.sequence];
-    const CUtensorMap* k_map = &batch.k_maps[item.sequence];
-    const CUtensorMap* v_map = &batch.v_maps[item.sequence];
-    const Walk walk(sequence, item, batch.base.row_tile);
-    const int band_tiles = walk.num_bands / 2;
-    const bool mixed = walk.num_bands % 2 != 0;
-    const bool gathers = mixed || walk.num_verticals > 0 || walk.num_bands == 0;
-
-    if (warp == 0) {
-      int nearest = 0;  // of the bands of tiles 16 i to 16 i + 15, one per lane
-      for (int t = 0; t < band_tiles; ++t, ++tile) {
-        if (t % 16 == 0 && 2 * t + lane < walk.num_bands) {
-          nearest = walk.Nearest(sequence, item.group, 2 * t + lane);
-        }
-        const int near = __shfl_sync(0xffffffffu, nearest, 2 * t % 32);
-        const int far = __shfl_sync(0xffffffffu, nearest, 2 * t % 32 + 1);
-        const Slot<kHeadDim> slot(tile);
-        const bool masked = near > walk.first_row || far < kHalf - 1;
-        BarrierWait(SharedAddress(&shared.k_empty[slot.stage]), slot.parity ^ 1);
-        if (masked) {
-          for (int n = lane; n < kColumns; n += 32) {
-            shared.columns[slot.columns + n] = (n < kHalf ? near : far - kHalf) - (kHalf - 1) + n;
-          }
-          __syncwarp();
-        }
-        if (leader) {
-          const bool last = t == band_tiles - 1 && !gathers;
-          shared.notes[slot.stage] = {item_index, (masked ? kMasked : 0) | (last ? kLast : 0)};
-          const uint32_t k_full = SharedAddress(&shared.k_full[slot.stage]);
-          BarrierArrive(k_full, kWarpgroup);
-          BarrierArriveExpect(k_full, C::kTileBytes);
-          const uint32_t k_shared = SharedAddress(shared.k[slot.stage]);
-          LoadHalf<kHeadDim>(k_shared, k_map, k_full, near - (kHalf - 1), item.group, 0);
-          LoadHalf<kHeadDim>(k_shared, k_map, k_full, far - (kHalf - 1), item.group, 1);
-          BarrierWait(SharedAddress(&shared.v_empty[slot.stage]), slot.parity ^ 1);
-          const uint32_t v_full = SharedAddress(&shared.v_full[slot.stage]);
-          BarrierArrive(v_full, kWarpgroup);
-          BarrierArriveExpect(v_full, C::kTileBytes);
-          const uint32_t v_shared = SharedAddress(shared.v[slot.stage]);
-          LoadHalf<kHeadDim>(v_shared, v_map, v_full, near - (kHalf - 1), item.group, 0);
-          LoadHalf<kHeadDim>(v_shared, v_map, v_full, far - (kHalf - 1), item.group, 1);
-        }
-        __syncwarp();
-      }
-    } else {
-      if (warp >= 2) {
-        BarrierWait(SharedAddress(&shared.q_empty), (items & 1) ^ 1);
-        LoadQueries<kHeadDim>(batch, sequence, item, SharedAddress(shared.q),
-                              Fresh(threadIdx.x) - (kWarpgroup - kQueryThreads));
-        BarrierArriveAfterCopies(SharedAddress(&shared.q_full));
-      }
-      tile += band_tiles;
-    }
-
-    if (gathers) {
-      Compaction compaction;
-      // Warp 0 is behind the last band tile: the ring's slots of this and the next tile are free.
-      NamedBarrierSync(kProducerBarrier, kWarpgroup);
-      int taken = mixed ? kHalf : 0;
-      if (warp == 1)
-        FillColumns(shared, sequence, Fresh(item.group), walk, compaction, tile, taken);
-      for (bool last = false; !last; ++tile, taken = 0) {
-        NamedBarrierSync(kProducerBarrier, kWarpgroup);
-        const Slot<kHeadDim> slot(tile);
-        int flags = shared.gathered_flags[tile & 1];
-        last = (flags & kLast) != 0;
-        const uint32_t k_full = SharedAddress(&shared.k_full[slot.stage]);
-        const uint32_t k_shared = SharedAddress(shared.k[slot.stage]);
-        BarrierWait(SharedAddress(&shared.k_empty[slot.stage]), slot.parity ^ 1);
-        int first_column = 0;  // of the band half
-        if (warp == 0) {
-          if (taken != 0) {
-            const int near = walk.Nearest(sequence, item.group, walk.num_bands - 1);
-            first_column = near - (kHalf - 1);
-            if (near > walk.first_row || near < kHalf - 1) flags |= kMasked;
-            for (int n = lane; n < kHalf; n += 32) {
-              shared.columns[slot.columns + n] = first_column + n;
-            }
-            __syncwarp();
-          }
-          if (leader) {
-            shared.notes[slot.stage] = {item_index, flags};
-            BarrierArriveExpect(k_full, taken != 0 ? C::kTileBytes / 2 : 0);
-            if (taken != 0)
-              LoadHalf<kHeadDim>(k_shared, k_map, k_full, first_column, item.group, 0);
-          }
-          __syncwarp();
-        }
-        const int32_t* columns = shared.columns + slot.columns;
-        Gather<kHeadDim>(k_shared, sequence, sequence.k, Fresh(item.group), columns, taken);
-        BarrierArriveAfterCopies(k_full);
-        // The K slot of `tile` is taken, so the ring's slots of the next two tiles are free.
-        if (warp == 1 && !last) {
-          FillColumns(shared, sequence, Fresh(item.group), walk, compaction, tile + 1, 0);
-        }
-        const uint32_t v_full = SharedAddress(&shared.v_full[slot.stage]);
-        const uint32_t v_shared = SharedAddress(shared.v[slot.stage]);
-        BarrierWait(SharedAddress(&shared.v_empty[slot.stage]), slot.parity ^ 1);
-        if (leader) {
-          BarrierArriveExpect(v_full, taken != 0 ? C::kTileBytes / 2 : 0);
-          if (taken != 0) LoadHalf<kHeadDim>(v_shared, v_map, v_full, first_column, item.group, 0);
-        }
-        __syncwarp();
-        Gather<kHeadDim>(v_shared, sequence, sequence.v, Fresh(item.group), columns, taken);
-        BarrierArriveAfterCopies(v_full);
+  uint32_t items = 0;
+  int sequence = 0, group = 0;
+  for (uint32_t tile = 0;; ++tile) {
+    const Slot<kPlans> slot(tile);
+    const Stage<kHeadDim> stage(tile);
+    WaitFull(shared.plan_full, slot.index, slot.parity);
+    const Plan plan = shared.plans[slot.index];
+    if (plan.flags & kFirst) {
+      const WorkItem item = FindWorkItem(batch.base, plan.item);
+      sequence = item.sequence;
+      group = item.group;
+      const int rows = batch.base.row_tile * batch.base.group_size;
+      const int first_query =
+          item.tile * batch.base.row_tile - batch.base.sequences[sequence].q_start;
+      const Slot<2> q(items++);
+      WaitEmpty(shared.q_empty, q.index, q.parity);
+      const uint32_t full = SharedAddress(&shared.q_full[q.index]);
+      BarrierArriveExpect(full, rows * kHeadDim * 2);
+#pragma unroll
+      for (int slice = 0; slice < C::kSlices; ++slice) {
+        TmaLoad3D(SharedAddress(shared.q[q.index]) + slice * C::kSliceBytes,
+                  &batch.q_maps[sequence], full, slice * 64, group * batch.base.group_size,
+                  first_query);
       }
     }
+    WaitEmpty(shared.k_empty, stage.index, stage.parity);
+    // Consumers have left the keys of tile - kStages and with them its plan.
+    if (tile >= C::kStages) {
+      BarrierArrive(SharedAddress(&shared.plan_empty[(tile - C::kStages) % kPlans]));
+    }
+    if (plan.item < 0) {
+      BarrierArrive(SharedAddress(&shared.k_full[stage.index]), 2);
+      return;
+    }
+    LoadBands<kHeadDim>(SharedAddress(shared.k[stage.index]), &batch.k_maps[sequence],
+                        shared.k_full[stage.index], plan, group);
+    WaitEmpty(shared.v_empty, stage.index, stage.parity);
+    LoadBands<kHeadDim>(SharedAddress(shared.v[stage.index]), &batch.v_maps[sequence],
+                        shared.v_full[stage.index], plan, group);
+  }
+}
 
-    if (leader) shared.next_item[items & 1] = following;
-    NamedBarrierSync(kProducerBarrier, kWarpgroup);
-    item_index = shared.next_item[items & 1];
+// ---------------------------------------------------------------------------- gatherers
+
+/// Starts the copies of rows [begin, end) of a K or V tile (multiples of 64) from `rows`. `kCheck`:
+/// a column may lie outside the sequence; its row becomes zeros. One warp.
+template <int kHeadDim, bool kCheck>
+__device__ __forceinline__ void GatherRows(uint32_t tile_shared, const char* rows,
+                                           uint32_t token_bytes, int kv_tokens,
+                                           const int32_t* columns, int begin, int end) {
+  constexpr int kChunks = kHeadDim / 8;    // 16-byte pieces of a row
+  constexpr int kStep = 4 * 32 / kChunks;  // rows per step: each lane copies a piece of four
+  static_assert(kStep % 8 == 0);           // so that the swizzle is the same in each step
+  const int lane = threadIdx.x & 31;
+  const int chunk = lane % kChunks;
+  const int row = lane / kChunks * 4;
+  uint32_t target[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    target[i] = tile_shared + chunk / 8 * Config<kHeadDim>::kSliceBytes + (row + i) * 128 +
+                ((chunk ^ (row + i)) & 7) * 16;
   }
-  if (leader) {
-    const Slot<kHeadDim> slot(tile);
-    BarrierWait(SharedAddress(&shared.k_empty[slot.stage]), slot.parity ^ 1);
-    shared.notes[slot.stage] = {-1, 0};
-    BarrierArrive(SharedAddress(&shared.k_full[slot.stage]), kWarpgroup + 1);
+  rows += chunk * 16;
+#pragma unroll 4
+  for (int n = begin; n < end; n += kStep) {
+    const int4 quad = *reinterpret_cast<const int4*>(columns + n + row);
+    const int column[4] = {quad.x, quad.y, quad.z, quad.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool valid =
+          !kCheck || static_cast<uint32_t>(column[i]) < static_cast<uint32_t>(kv_tokens);
+      const uint64_t offset = uint64_t{valid ? static_cast<uint32_t>(column[i]) : 0} * token_bytes;
+      CopyAsync16(target[i] + n * 128, rows + offset, valid);
+    }
   }
+}
+
+/// Gathers the verticals of K (`kKeys`) or V. One warp.
+template <int kHeadDim, bool kKeys>
+__device__ __forceinline__ void Gather(const AttentionBatchSm90& batch, Shared<kHeadDim>& shared) {
+  uint64_t* full = kKeys ? shared.k_full : shared.v_full;
+  uint64_t* empty = kKeys ? shared.k_empty : shared.v_empty;
+  const bool leader = threadIdx.x % 32 == 0;
+  uint32_t copying = 0;  // full barrier of the tile whose copies are in flight
+  // cp.async writes in the generic proxy, wgmma reads in the async proxy: the writer fences.
+  const auto finish = [&] {
+    FenceProxyAsync();
+    __syncwarp();
+    if (leader) BarrierArrive(copying);
+  };
+  const auto finish_all = [&] {
+    if (copying == 0) return;
+    WaitCopies<0>();
+    finish();
+    copying = 0;
+  };
+  const auto wait = [&](uint64_t& barrier, uint32_t parity) {
+    if (__all_sync(0xffffffffu, BarrierTest(SharedAddress(&barrier), parity))) return;
+    finish_all();  // consumers may wait for these before they free anything
+    BarrierWait(SharedAddress(&barrier), parity);
+    __syncwarp();
+  };
+  const char* rows = nullptr;
+  uint32_t token_bytes = 0;
+  int kv_tokens = 0;
+  for (uint32_t tile = 0;; ++tile) {
+    const Slot<kPlans> slot(tile);
+    const Stage<kHeadDim> stage(tile);
+    wait(shared.plan_full[slot.index], slot.parity);
+    const int item_index = shared.plans[slot.index].item;
+    const int flags = shared.plans[slot.index].flags;
+    if (item_index < 0) break;
+    if (flags & kFirst) {
+      const WorkItem item = FindWorkItem(batch.base, item_index);
+      const SequenceParams& s = batch.base.sequences[item.sequence];
+      rows = static_cast<const char*>(kKeys ? s.k : s.v) + item.group * s.kv_head_stride * 2;
+      token_bytes = static_cast<uint32_t>(s.kv_token_stride * 2);
+      kv_tokens = s.kv_tokens;
+    }
+    // Also where there is nothing to gather: a wait tells only neighbouring phases apart.
+    wait(empty[stage.index], stage.parity ^ 1);
+    if (flags & kGathers) {
+      const uint32_t target = SharedAddress(kKeys ? shared.k[stage.index] : shared.v[stage.index]);
+      const int32_t* columns = shared.columns[slot.index];
+      const int begin = flags & kGather0 ? 0 : kHalf;
+      const int end = flags & kGather1 ? kColumns : kHalf;
+      if (flags & kMasked) {
+        GatherRows<kHeadDim, true>(target, rows, token_bytes, kv_tokens, columns, begin, end);
+      } else {
+        GatherRows<kHeadDim, false>(target, rows, token_bytes, kv_tokens, columns, begin, end);
+      }
+      CommitCopies();
+      if (copying != 0) {
+        WaitCopies<1>();
+        finish();
+      }
+      copying = SharedAddress(&full[stage.index]);
+    }
+    __syncwarp();
+    if (leader) BarrierArrive(SharedAddress(&shared.plan_empty[slot.index]));
+  }
+  finish_all();
 }
 
 // ---------------------------------------------------------------------------- consumers
 
-/// s = q k^T of this warpgroup's 64 rows and a tile's 128 columns, unscaled; committed, not waited
-/// for.
+/// s = q k^T of this warpgroup's 64 rows and a tile's columns, unscaled; committed, not waited for.
 template <int kHeadDim>
 __device__ __forceinline__ void StartScores(float (&s)[kColumns / 2], uint32_t q_shared,
                                             uint32_t k_shared) {
-  constexpr int kSliceBytes = Config<kHeadDim>::kSliceBytes;
+  q_shared = Uniform(q_shared);
+  k_shared = Uniform(k_shared);
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
-    const int offset = step / 4 * kSliceBytes + step % 4 * 32;
-    WgmmaSharedN128(s, MatrixDescriptor(q_shared + offset, 1024, 0),
-                    MatrixDescriptor(k_shared + offset, 1024, 0), step != 0);
+    const int offset = step / 4 * Config<kHeadDim>::kSliceBytes + step % 4 * 32;
+    WgmmaSharedN128(s, MatrixDescriptor(q_shared, 0, offset), MatrixDescriptor(k_shared, 0, offset),
+                    step != 0);
   }
   WgmmaCommit();
 }
@@ -451,10 +507,10 @@ template <int kHeadDim>
 __device__ __forceinline__ void StartValues(float (&o)[kHeadDim / 2],
                                             const uint32_t (&p)[kColumns / 16][4],
                                             uint32_t v_shared) {
+  v_shared = Uniform(v_shared);
 #pragma unroll
   for (int step = 0; step < kColumns / 16; ++step) {
-    const uint64_t b =
-        MatrixDescriptor(v_shared + step * 16 * 128, 1024, Config<kHeadDim>::kSliceBytes);
+    const uint64_t b = MatrixDescriptor(v_shared, Config<kHeadDim>::kSliceBytes, step * 16 * 128);
     if constexpr (kHeadDim == 128) {
       WgmmaRegistersN128(o, p[step], b, 1);
     } else {
@@ -593,82 +649,93 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
   const int thread = threadIdx.x % kWarpgroup;
   const bool warp_leader = thread % 32 == 0;
   const int first_row = consumer * 64 + thread / 32 * 16 + thread % 32 / 4;
-  const uint32_t q_shared = SharedAddress(shared.q) + consumer * 64 * 128;
+  const uint32_t q_shared = SharedAddress(shared.q[0]) + consumer * 64 * 128;
   const float scale_log2 = batch.base.scale * 1.4426950408889634f;
   const auto release = [&](uint64_t& barrier) {
     if (warp_leader) BarrierArrive(SharedAddress(&barrier));
   };
 
-  if (consumer == 1) NamedBarrierArrive(kTurnBarrier, 2 * kWarpgroup);  // consumer 0 starts
-  uint32_t tile = 0;
-  for (uint32_t items = 0;; ++items, ++tile) {
-    Slot<kHeadDim> slot(tile);
-    BarrierWait(SharedAddress(&shared.k_full[slot.stage]), slot.parity);
-    TileNote note = shared.notes[slot.stage];
-    if (note.item < 0) break;
-    const WorkItem item = FindWorkItem(batch.base, note.item);
+  float s[kColumns / 2], o[kHeadDim / 2];
+  uint32_t p[kColumns / 16][4];
+  float correction[2];
+  RowState rows;
+  uint32_t limit[2];
+
+  uint32_t items = 0;  // finished ones
+  WorkItem item;
+  const auto start_item = [&](int index) {
+    item = FindWorkItem(batch.base, index);
     const SequenceParams& sequence = batch.base.sequences[item.sequence];
-    const uint32_t limit[2] = {
-        static_cast<uint32_t>(RowPosition(batch, sequence, item.tile, first_row)),
-        static_cast<uint32_t>(RowPosition(batch, sequence, item.tile, first_row + 8))};
-    float o[kHeadDim / 2];
+    limit[0] = static_cast<uint32_t>(RowPosition(batch, sequence, item.tile, first_row));
+    limit[1] = static_cast<uint32_t>(RowPosition(batch, sequence, item.tile, first_row + 8));
+    rows = RowState();
 #pragma unroll
     for (float& x : o) x = 0.0f;
-    RowState rows;
-    float s[kColumns / 2], correction[2];
-    uint32_t p[kColumns / 16][4];
+  };
+  // After the scores of a tile: gives its keys back, and the item's queries after its last tile.
+  // In blocks of their own, for the compiler would move them down past the softmax.
+  const auto mask_and_release = [&](uint32_t tile, int flags) {
+    if (flags & kMasked) Mask(s, shared.columns[tile % kPlans], limit);
+    release(shared.k_empty[Stage<kHeadDim>(tile).index]);
+    if (flags & kLast) release(shared.q_empty[items % 2]);
+  };
 
-    BarrierWait(SharedAddress(&shared.q_full), items & 1);
-    FenceProxyAsync();  // queries came by cp.async
+  // The block has at least one item.
+  WaitFull(shared.k_full, 0, 0);
+  int flags = shared.plans[0].flags;
+  start_item(shared.plans[0].item);
+  WaitFull(shared.q_full, 0, 0);
+  WgmmaFence();
+  StartScores<kHeadDim>(s, q_shared, SharedAddress(shared.k[0]));
+  WgmmaWait<0>();
+  PinRegisters(s);
+  mask_and_release(0, flags);
+  Softmax(s, rows, scale_log2, correction);
+  PackProbabilities(p, s);
+  if (consumer == 1) NamedBarrierArrive(kTurnBarrier, 2 * kWarpgroup);  // consumer 0 starts
+
+  for (uint32_t tile = 0;; ++tile) {
+    // p holds the probabilities of `tile`, o the sum over the item's tiles before it.
+    const Stage<kHeadDim> stage(tile), next(tile + 1);
+    WaitFull(shared.k_full, next.index, next.parity);
+    const int next_item = shared.plans[(tile + 1) % kPlans].item;
+    const int next_flags = shared.plans[(tile + 1) % kPlans].flags;
+    const Slot<2> q(items + (next_flags & kFirst ? 1 : 0));
+    if (next_flags & kFirst) WaitFull(shared.q_full, q.index, q.parity);
+    NamedBarrierSync(kTurnBarrier + consumer, 2 * kWarpgroup);
     WgmmaFence();
-    StartScores<kHeadDim>(s, q_shared, SharedAddress(shared.k[slot.stage]));
-    WgmmaWait<0>();
+    // After the last item of all these scores mean nothing.
+    StartScores<kHeadDim>(s, q_shared + q.index * Config<kHeadDim>::kTileBytes,
+                          SharedAddress(shared.k[next.index]));
+    WaitFull(shared.v_full, stage.index, stage.parity);
+    WgmmaFence();
+    StartValues<kHeadDim>(o, p, SharedAddress(shared.v[stage.index]));
+    NamedBarrierArrive(kTurnBarrier + (consumer ^ 1), 2 * kWarpgroup);
+    WgmmaWait<1>();
     PinRegisters(s);
-    if (note.flags & kMasked) Mask(s, shared.columns + slot.columns, limit);
-    release(shared.k_empty[slot.stage]);
-    if (note.flags & kLast) release(shared.q_empty);
-    Softmax(s, rows, scale_log2, correction);
-    PackProbabilities(p, s);
-
-    while ((note.flags & kLast) == 0) {
-      const Slot<kHeadDim> next(tile + 1);
-      BarrierWait(SharedAddress(&shared.k_full[next.stage]), next.parity);
-      const TileNote next_note = shared.notes[next.stage];
-      if ((note.flags | next_note.flags) & kGathered) FenceProxyAsync();
-      NamedBarrierSync(kTurnBarrier + consumer, 2 * kWarpgroup);
-      WgmmaFence();
-      StartScores<kHeadDim>(s, q_shared, SharedAddress(shared.k[next.stage]));
-      BarrierWait(SharedAddress(&shared.v_full[slot.stage]), slot.parity);
-      if (note.flags & kGathered) FenceProxyAsync();
-      WgmmaFence();
-      StartValues<kHeadDim>(o, p, SharedAddress(shared.v[slot.stage]));
-      NamedBarrierArrive(kTurnBarrier + (consumer ^ 1), 2 * kWarpgroup);
-      WgmmaWait<1>();
-      PinRegisters(s);
-      if (next_note.flags & kMasked) Mask(s, shared.columns + next.columns, limit);
-      release(shared.k_empty[next.stage]);
-      if (next_note.flags & kLast) release(shared.q_empty);
-      const bool changed = Softmax(s, rows, scale_log2, correction);
+    if ((next_flags & (kMasked | kLast)) == 0) release(shared.k_empty[next.index]);
+    if (flags & kLast) {
       WgmmaWait<0>();
       PinRegisters(o);
-      release(shared.v_empty[slot.stage]);
-      if (changed) {
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= correction[i / 2 % 2];
-      }
-      PackProbabilities(p, s);
-      slot = next;
-      note = next_note;
-      ++tile;
+      StoreRows<kHeadDim>(batch, batch.base.sequences[item.sequence], item, first_row, o, rows);
+      if (next_item < 0) break;
+      ++items;
+      start_item(next_item);
     }
-    BarrierWait(SharedAddress(&shared.v_full[slot.stage]), slot.parity);
-    if (note.flags & kGathered) FenceProxyAsync();
-    WgmmaFence();
-    StartValues<kHeadDim>(o, p, SharedAddress(shared.v[slot.stage]));
+    if (next_flags & (kMasked | kLast)) mask_and_release(tile + 1, next_flags);
+    const bool changed = Softmax(s, rows, scale_log2, correction);
+    // Never true. The assembler would wait for the product o += p v before the softmax instead of
+    // computing the one under the other; it does not move the wait across a branch.
+    if (rows.sum[0] + rows.sum[1] < 0.0f) __trap();
     WgmmaWait<0>();
     PinRegisters(o);
-    release(shared.v_empty[slot.stage]);
-    StoreRows<kHeadDim>(batch, sequence, item, first_row, o, rows);
+    release(shared.v_empty[stage.index]);
+    if (changed) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= correction[i / 2 % 2];
+    }
+    PackProbabilities(p, s);
+    flags = next_flags;
   }
   if (consumer == 0) NamedBarrierSync(kTurnBarrier, 2 * kWarpgroup);  // the turn left over
 }
@@ -676,30 +743,52 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 1)
     AttentionSm90Kernel(const __grid_constant__ AttentionBatchSm90 batch) {
+  using C = Config<kHeadDim>;
   extern __shared__ uint4 shared_memory[];
   auto& shared = *reinterpret_cast<Shared<kHeadDim>*>(shared_memory);
   if (threadIdx.x == 0) {
     // The swizzle counts from 1024-byte boundaries.
     if (SharedAddress(&shared) % 1024 != 0) __trap();
-    for (int i = 0; i < Config<kHeadDim>::kStages; ++i) {
-      // Full: the leader, and each producer thread for what it gathered. Empty: each consumer warp.
-      BarrierInit(SharedAddress(&shared.k_full[i]), 1 + kWarpgroup);
-      BarrierInit(SharedAddress(&shared.v_full[i]), 1 + kWarpgroup);
+    for (int i = 0; i < C::kStages; ++i) {
+      // Full: the loader and the gatherer. Empty: each consumer warp.
+      BarrierInit(SharedAddress(&shared.k_full[i]), 2);
+      BarrierInit(SharedAddress(&shared.v_full[i]), 2);
       BarrierInit(SharedAddress(&shared.k_empty[i]), 8);
       BarrierInit(SharedAddress(&shared.v_empty[i]), 8);
     }
-    BarrierInit(SharedAddress(&shared.q_full), kQueryThreads);
-    BarrierInit(SharedAddress(&shared.q_empty), 8);
+    for (int i = 0; i < 2; ++i) {
+      BarrierInit(SharedAddress(&shared.q_full[i]), 1);
+      BarrierInit(SharedAddress(&shared.q_empty[i]), 8);
+    }
+    for (int i = 0; i < kPlans; ++i) {
+      // Empty: the loader and both gatherers.
+      BarrierInit(SharedAddress(&shared.plan_full[i]), 1);
+      BarrierInit(SharedAddress(&shared.plan_empty[i]), 3);
+    }
     FenceBarrierInit();
   }
+  // Padding rows are never loaded: any finite number does.
+  for (int i = threadIdx.x; i < 2 * C::kTileBytes / 16; i += kThreads) {
+    reinterpret_cast<uint4*>(shared.q)[i] = make_uint4(0, 0, 0, 0);
+  }
+  FenceProxyAsync();
   __syncthreads();
-  const int warpgroup = threadIdx.x / kWarpgroup;
+  const int warpgroup = Uniform(threadIdx.x / kWarpgroup);
   if (warpgroup == 0) {
     LowerRegisters<kProducerRegisters>();
-    Produce<kHeadDim>(batch, shared);
+    const int warp = Uniform(threadIdx.x / 32);
+    if (warp == 0) {
+      if (threadIdx.x == 0) Load(batch, shared);
+    } else if (warp == 1) {
+      Planner<kHeadDim>(batch, shared).Run();
+    } else if (warp == 2) {
+      Gather<kHeadDim, true>(batch, shared);
+    } else {
+      Gather<kHeadDim, false>(batch, shared);
+    }
   } else {
     RaiseRegisters<kConsumerRegisters>();
-    Consume<kHeadDim>(batch, shared, warpgroup - 1);
+    Consume(batch, shared, warpgroup - 1);
   }
 }
 
@@ -735,13 +824,20 @@ KernelStatus LaunchAttentionSm90(const AttentionBatch& base, int num_items, int 
   batch.base = base;
   for (int i = 0; i < base.num_sequences; ++i) {
     const SequenceParams& s = base.sequences[i];
-    for (const auto& [map, rows] :
-         {std::pair{&batch.k_maps[i], s.k}, std::pair{&batch.v_maps[i], s.v}}) {
-      if (!sm90::DescribeRows(map, rows, head_dim, s.kv_tokens, base.num_groups, s.kv_token_stride,
-                              s.kv_head_stride)) {
-        return KernelStatus::kUnsupportedShape;
-      }
-    }
+    // Gathering multiplies 32-bit numbers.
+    if (s.kv_token_stride >= int64_t{1} << 31) return KernelStatus::kUnsupportedShape;
+    const int q_heads = base.num_groups * base.group_size;
+    const int q_tokens = s.kv_tokens - s.q_start;
+    const auto columns = [&](CUtensorMap* map, const void* rows) {
+      return sm90::DescribeTensor(map, rows, {head_dim, s.kv_tokens, base.num_groups},
+                                  {s.kv_token_stride, s.kv_head_stride}, {64, kBandBlock, 1});
+    };
+    const bool described =
+        columns(&batch.k_maps[i], s.k) && columns(&batch.v_maps[i], s.v) &&
+        sm90::DescribeTensor(&batch.q_maps[i], s.q, {head_dim, q_heads, q_tokens},
+                             {s.q_head_stride, s.q_token_stride},
+                             {64, base.group_size, base.row_tile});
+    if (!described) return KernelStatus::kUnsupportedShape;
   }
   batch.counter = sm90::ItemCounter(stream);
   batch.num_items = num_items;

@@ -33,9 +33,19 @@ __device__ __forceinline__ void BarrierArriveExpect(uint32_t barrier, int bytes)
                : "memory");
 }
 
-/// Arrives once when all cp.async of this thread so far have landed.
-__device__ __forceinline__ void BarrierArriveAfterCopies(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
+/// Whether the phase with this parity is complete; does not wait.
+__device__ __forceinline__ bool BarrierTest(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
 }
 
 /// Waits until the phase with this parity is complete.
@@ -102,15 +112,19 @@ __device__ __forceinline__ void RaiseRegisters() {
 // n + 2 (l % 4) + e. A from registers: a[0..3] hold (row l / 4, k 2 (l % 4)), (row + 8, k),
 // (row, k + 8), (row + 8, k + 8), two bf16 each.
 
-/// Shared-memory operand with 128-byte swizzle: atoms of 8 rows x 128 bytes, 1024-byte aligned.
-/// `group_stride`: bytes between atoms along the rows; `half_stride`: bytes between the 64-element
-/// halves of N where N is the contiguous dimension (else unused).
-__device__ __forceinline__ uint64_t MatrixDescriptor(uint32_t address, int group_stride,
-                                                     int half_stride) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  return kSwizzle128 | (uint64_t{static_cast<uint32_t>(group_stride) >> 4} << 32) |
-         (uint64_t{static_cast<uint32_t>(half_stride) >> 4} << 16) | ((address & 0x3ffff) >> 4);
+/// Shared-memory operand with 128-byte swizzle: atoms of 8 rows x 128 bytes, 1024-byte aligned, one
+/// after the other. `half_stride`: bytes between the 64-element halves of N where N is the
+/// contiguous dimension (else unused). `offset`: bytes to the operand's start, a constant; adding
+/// it costs one instruction where `address` is known to be the same for the warp.
+__device__ __forceinline__ uint64_t MatrixDescriptor(uint32_t address, int half_stride,
+                                                     int offset) {
+  constexpr uint32_t kHigh = 1u << 30 | 1024 >> 4;  // 128-byte swizzle, bytes from atom to atom
+  const uint32_t low = (address >> 4) + ((half_stride >> 4 << 16) + (offset >> 4));
+  return uint64_t{kHigh} << 32 | low;
 }
+
+/// `x` of lane 0, known to the compiler to be the same for the whole warp.
+__device__ __forceinline__ uint32_t Uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 __device__ __forceinline__ void WgmmaFence() {
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");

@@ -19,18 +19,19 @@ EncodeFn FindEncode() {
 
 }  // namespace
 
-bool DescribeRows(CUtensorMap* map, const void* rows, int64_t head_dim, int64_t tokens,
-                  int64_t heads, int64_t token_stride, int64_t head_stride) {
+bool DescribeTensor(CUtensorMap* map, const void* data, const std::array<int64_t, 3>& sizes,
+                    const std::array<int64_t, 2>& strides, const std::array<int, 3>& box) {
   static const EncodeFn encode = FindEncode();
   if (encode == nullptr) return false;
-  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(tokens),
-                               static_cast<cuuint64_t>(heads)};
-  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(token_stride) * 2,
-                                 static_cast<cuuint64_t>(head_stride) * 2};
-  const cuuint32_t box[3] = {64, 64, 1};
+  const cuuint64_t size[3] = {static_cast<cuuint64_t>(sizes[0]), static_cast<cuuint64_t>(sizes[1]),
+                              static_cast<cuuint64_t>(sizes[2])};
+  const cuuint64_t stride[2] = {static_cast<cuuint64_t>(strides[0]) * 2,
+                                static_cast<cuuint64_t>(strides[1]) * 2};
+  const cuuint32_t extent[3] = {static_cast<cuuint32_t>(box[0]), static_cast<cuuint32_t>(box[1]),
+                                static_cast<cuuint32_t>(box[2])};
   const cuuint32_t steps[3] = {1, 1, 1};
-  return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(rows), sizes, strides,
-                box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(data), size, stride,
+                extent, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
