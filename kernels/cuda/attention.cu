@@ -10,6 +10,7 @@ namespace vsprefill::kernels {
 namespace {
 
 using cuda::AttentionBatch;
+using cuda::Bf16Kernel;
 using cuda::SequenceParams;
 
 bool Supported(const AttentionShape& shape) {
@@ -63,10 +64,9 @@ SequenceParams Describe(const AttentionSequence& s, int64_t row_tile) {
   return p;
 }
 
-/// The fastest kernel for these shapes on the current device.
-KernelStatus LaunchBf16(const AttentionBatch& batch, int num_items, int head_dim,
+KernelStatus LaunchBf16(Bf16Kernel kernel, const AttentionBatch& batch, int num_items, int head_dim,
                         cudaStream_t stream) {
-  if (cuda::DeviceIsSm90()) {
+  if (kernel == Bf16Kernel::kFastest && cuda::DeviceIsSm90()) {
     const KernelStatus status = cuda::LaunchAttentionSm90(batch, num_items, head_dim, stream);
     if (status != KernelStatus::kUnsupportedShape) return status;
   }
@@ -75,8 +75,9 @@ KernelStatus LaunchBf16(const AttentionBatch& batch, int num_items, int head_dim
 
 }  // namespace
 
-KernelStatus AttentionCuda(const AttentionShape& shape, const AttentionSequence* sequences,
-                           int num_sequences, Stream stream) {
+KernelStatus cuda::AttentionWith(Bf16Kernel kernel, const AttentionShape& shape,
+                                 const AttentionSequence* sequences, int num_sequences,
+                                 Stream stream) {
   if (!Supported(shape)) return KernelStatus::kUnsupportedShape;
   AttentionBatch batch = {};
   batch.num_groups = shape.num_kv_heads;
@@ -102,16 +103,22 @@ KernelStatus AttentionCuda(const AttentionShape& shape, const AttentionSequence*
     }
     batch.num_sequences = count;
     if (items == 0) continue;
-    if (items > INT32_MAX) return KernelStatus::kUnsupportedShape;
+    // Half of the range: persistent blocks count on past the last item.
+    if (items > INT32_MAX / 2) return KernelStatus::kUnsupportedShape;
     const int num_items = static_cast<int>(items);
     const cudaStream_t cuda_stream = cuda::AsCuda(stream);
     const KernelStatus status =
         shape.dtype == DType::kBF16
-            ? LaunchBf16(batch, num_items, shape.head_dim, cuda_stream)
+            ? LaunchBf16(kernel, batch, num_items, shape.head_dim, cuda_stream)
             : cuda::LaunchAttentionF32(batch, num_items, shape.head_dim, cuda_stream);
     if (status != KernelStatus::kOk) return status;
   }
   return KernelStatus::kOk;
+}
+
+KernelStatus AttentionCuda(const AttentionShape& shape, const AttentionSequence* sequences,
+                           int num_sequences, Stream stream) {
+  return cuda::AttentionWith(cuda::Bf16Kernel::kFastest, shape, sequences, num_sequences, stream);
 }
 
 }  // namespace vsprefill::kernels

@@ -17,6 +17,12 @@ KernelStatus LaunchAttentionSm90(const AttentionBatch& batch, int num_items, int
                                  cudaStream_t stream);
 /// Whether the current device is one that runs LaunchAttentionSm90.
 bool DeviceIsSm90();
+
+enum class Bf16Kernel { kFastest, kGeneric };
+
+/// AttentionCuda with the choice of its bf16 kernel, for tests and benchmarks.
+KernelStatus AttentionWith(Bf16Kernel kernel, const AttentionShape& shape,
+                           const AttentionSequence* sequences, int num_sequences, Stream stream);
 /// SIMT, plain float32 arithmetic, head_dim 16, 32, 64, 80, 96 or 128, strides multiples of 4.
 KernelStatus LaunchAttentionF32(const AttentionBatch& batch, int num_items, int head_dim,
                                 cudaStream_t stream);

@@ -11,20 +11,21 @@
 // Column tiles. A tile has two halves of 64 columns; half h of an item's tile t is number 2 t + h
 // of its walk: first the selected distance blocks, nearest first (contiguous columns: TMA, rows
 // outside the sequence arrive as zeros), then the verticals that no band covers, compacted on the
-// fly, 64 at a time (gathered: cp.async). A tile may hold one half of each kind; the last one may
-// lack the second half.
+// fly, 64 at a time (gathered: cp.async). A tile may hold one half of each kind. What is missing in
+// the last tile is masked, and zeros, so that nothing stale meets a zero probability.
 //
 // Shared memory, tiles as [head_dim / 64][128 rows][64 elements] with 128-byte swizzle (16-byte
 // chunk c of row r lies at c ^ (r % 8)), the layout of TMA and wgmma:
-//   q            packed rows of two items
+//   q            packed rows of two items; an item's output takes the place of its queries
 //   k, v         kStages tiles each, with a full and an empty barrier each
 //   plans        ring of kPlans tiles: what each is made of
 //   columns      ring of column numbers, 128 for each plan. Written for gathered halves and for
 //                masked tiles, read by the gather and by the mask.
 //
-// Producer warps: 0 issues TMA; 1 plans: draws work items and walks their index, some tiles ahead;
-// 2 gathers keys, 3 values. Consumers overlap the softmax of one tile with the products S = Q K of
-// the next, of the next item's first one too, and O += P V of the one before.
+// Producer warps: 0 loads queries and bands (TMA); 1 plans: draws work items and walks their index,
+// some tiles ahead; 2 gathers keys, 3 values. Consumers overlap the softmax of one tile
+// with the products S = Q K of the next, of the next item's first one too, and O += P V of the one
+// before.
 //
 // Scheduling: items are drawn from a counter (item_counter.h), heaviest first; while a stream is
 // captured each block takes every gridDim-th item. An item's result does not depend on who
@@ -52,12 +53,16 @@ constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kProducerRegisters = 56;
 constexpr int kConsumerRegisters = 224;
 constexpr int kPlans = 8;
-constexpr int kTurnBarrier =
-    1;  // named barriers 1 and 2: consumer 0's (1's) turn to issue products
+// Named barriers: 1 and 2: it is consumer 0's (1's) turn to issue products; 3 and 4: both have
+// written their output of an even (odd) item.
+constexpr int kTurnBarrier = 1;
+constexpr int kOutputBarrier = 3;
 static_assert(kColumns == 2 * kHalf);
 
 // Plan::flags
-constexpr int kMasked = 1;    // some (row, column) pair may be invisible: look at `columns`
+constexpr int kMasked0 = 1;   // some (row, column) pair of half 0 may be invisible: see `columns`
+constexpr int kMasked1 = 32;  // the same for half 1
+constexpr int kMasked = kMasked0 | kMasked1;
 constexpr int kFirst = 2;     // of its item
 constexpr int kLast = 4;      // of its item
 constexpr int kGather0 = 8;   // half 0 is gathered, else a band or nothing
@@ -66,7 +71,7 @@ constexpr int kGathers = kGather0 | kGather1;
 
 /// What a tile is made of.
 struct alignas(16) Plan {
-  int32_t item;  // -1: no more work
+  WorkItem work;  // sequence -1: no more work
   int32_t flags;
   int32_t first_column[2];  // of halves that are not gathered; may be negative, -64: nothing
 };
@@ -128,6 +133,11 @@ __device__ __forceinline__ int RowPosition(const AttentionBatchSm90& batch,
   return used ? position : -1;
 }
 
+/// First position of an item's row tile, counted from the sequence's first query; may be negative.
+__device__ __forceinline__ int FirstQuery(const AttentionBatchSm90& batch, const WorkItem& work) {
+  return work.tile * batch.base.row_tile - batch.base.sequences[work.sequence].q_start;
+}
+
 // ---------------------------------------------------------------------------- planner
 
 /// Number of selected distance blocks 0 .. last_block. Called by a whole warp.
@@ -160,33 +170,33 @@ class Planner {
       : batch_(batch), shared_(shared), lane_(threadIdx.x & 31) {}
 
   __device__ __forceinline__ void Run() {
-    for (item_ = blockIdx.x; item_ < batch_.num_items;) {
+    for (int item = blockIdx.x; item < batch_.num_items;) {
       int next = 0;
-      if (lane_ == 0) next = NextItem(batch_, item_);
+      if (lane_ == 0) next = NextItem(batch_, item);
+      work_ = FindWorkItem(batch_.base, item);
       PlanItem();
-      item_ = __shfl_sync(0xffffffffu, next, 0);
+      item = __shfl_sync(0xffffffffu, next, 0);
     }
-    item_ = -1;
+    work_.sequence = -1;
     Publish(0, kNothing, kNothing);
   }
 
  private:
   __device__ __forceinline__ void PlanItem() {
-    const WorkItem work = FindWorkItem(batch_.base, item_);
-    const SequenceParams& s = batch_.base.sequences[work.sequence];
-    first_row_ = work.tile * batch_.base.row_tile;
+    const SequenceParams& s = batch_.base.sequences[work_.sequence];
+    first_row_ = work_.tile * batch_.base.row_tile;
     last_row_ = first_row_ + batch_.base.row_tile - 1;
     const int last_block = last_row_ / kBandBlock;
     const bool dense =
-        s.bands == nullptr || work.tile >= s.first_tile + s.num_tiles - s.dense_tiles;
+        s.bands == nullptr || work_.tile >= s.first_tile + s.num_tiles - s.dense_tiles;
     int num_bands = last_block + 1;  // at least partly right of column 0
     bands_ = verticals_ = nullptr;
     num_verticals_ = next_vertical_ = 0;
     if (!dense) {
-      bands_ = s.bands + work.group * s.band_list_stride;
-      verticals_ = s.verticals + work.group * s.vertical_stride;
-      band_bits_ = s.band_bits + work.group * s.band_stride;
-      num_verticals_ = s.num_verticals[work.group];
+      bands_ = s.bands + work_.group * s.band_list_stride;
+      verticals_ = s.verticals + work_.group * s.vertical_stride;
+      band_bits_ = s.band_bits + work_.group * s.band_stride;
+      num_verticals_ = s.num_verticals[work_.group];
       num_bands = CountBlocks(band_bits_, last_block);
     }
     LoadCandidates();
@@ -197,13 +207,9 @@ class Planner {
       if (t % 16 == 0) nearest = Nearest(2 * t + lane_, num_bands);
       const int near = __shfl_sync(0xffffffffu, nearest, 2 * t % 32);
       const int far = __shfl_sync(0xffffffffu, nearest, 2 * t % 32 + 1);
-      const bool masked = near > first_row_ || far < kHalf - 1;
-      if (masked) {
-        WriteBandColumns(0, near);
-        WriteBandColumns(1, far);
-      }
+      const int masked = MaskBand(0, near) | MaskBand(1, far);
       const bool last = t == num_bands / 2 - 1 && num_bands % 2 == 0 && num_verticals_ == 0;
-      Publish(first | (masked ? kMasked : 0) | (last ? kLast : 0), near, far);
+      Publish(first | masked | (last ? kLast : 0), near, far);
       first = 0;
     }
     if (num_bands % 2 != 0 || num_verticals_ > 0 || num_bands == 0) {
@@ -216,9 +222,8 @@ class Planner {
     int flags = first;
     int filled = 0;  // columns in the slots of this tile and the next
     if (near != kNothing) {
-      WriteBandColumns(0, near);
+      flags |= MaskBand(0, near);
       filled = kHalf;
-      if (near > first_row_ || near < kHalf - 1) flags |= kMasked;
     }
     for (;;) {
       // One column past the tile tells that there is another tile.
@@ -226,7 +231,8 @@ class Planner {
       int32_t* columns = shared_.columns[tile_ % kPlans];
       for (int n = filled + lane_; n < kColumns; n += 32) columns[n] = INT_MAX;
       __syncwarp();
-      if (columns[kColumns - 1] > first_row_) flags |= kMasked;
+      if (near == kNothing && columns[kHalf - 1] > first_row_) flags |= kMasked0;
+      if (columns[kColumns - 1] > first_row_) flags |= kMasked1;
       if (near == kNothing && filled > 0) flags |= kGather0;
       if (filled > kHalf) flags |= kGather1;
       if (filled <= kColumns) break;
@@ -280,19 +286,23 @@ class Planner {
     return last_row_ - (bands_ == nullptr ? i : bands_[i]) * kBandBlock;
   }
 
-  __device__ __forceinline__ void WriteBandColumns(int half, int near) {
+  /// If some pair of a row and a column of the band may be invisible: writes the band's columns,
+  /// and returns the half's flag.
+  __device__ __forceinline__ int MaskBand(int half, int near) {
+    if (near <= first_row_ && near >= kHalf - 1) return 0;
     int32_t* columns = shared_.columns[tile_ % kPlans] + half * kHalf;
     for (int n = lane_; n < kHalf; n += 32) columns[n] = near - (kHalf - 1) + n;
     __syncwarp();
+    return half == 0 ? kMasked0 : kMasked1;
   }
 
   /// Publishes the plan of this tile; the slots of it and of the next tile are free then.
   __device__ __forceinline__ void Publish(int flags, int near, int far) {
     const Slot<kPlans> slot(tile_);
     if (lane_ == 0) {
-      shared_.plans[slot.index] = {item_, flags, {near - (kHalf - 1), far - (kHalf - 1)}};
-      BarrierArrive(SharedAddress(&shared_.plan_full[slot.index]));
+      shared_.plans[slot.index] = {work_, flags, {near - (kHalf - 1), far - (kHalf - 1)}};
     }
+    BarrierArrive(SharedAddress(&shared_.plan_full[slot.index]));  // each lane, for its columns
     ++tile_;
     const Slot<kPlans> ahead(tile_ + 1);
     WaitEmpty(shared_.plan_empty, ahead.index, ahead.parity);
@@ -305,7 +315,7 @@ class Planner {
   Shared<kHeadDim>& shared_;
   const int lane_;
   uint32_t tile_ = 0;  // counted over all items of the block
-  int item_;
+  WorkItem work_;
   int first_row_, last_row_;
   const int32_t* bands_;  // null: every block
   const int32_t* verticals_;
@@ -342,19 +352,15 @@ template <int kHeadDim>
 __device__ __forceinline__ void Load(const AttentionBatchSm90& batch, Shared<kHeadDim>& shared) {
   using C = Config<kHeadDim>;
   uint32_t items = 0;
-  int sequence = 0, group = 0;
   for (uint32_t tile = 0;; ++tile) {
     const Slot<kPlans> slot(tile);
     const Stage<kHeadDim> stage(tile);
     WaitFull(shared.plan_full, slot.index, slot.parity);
     const Plan plan = shared.plans[slot.index];
+    const int sequence = plan.work.sequence;
+    const int group = plan.work.group;
     if (plan.flags & kFirst) {
-      const WorkItem item = FindWorkItem(batch.base, plan.item);
-      sequence = item.sequence;
-      group = item.group;
       const int rows = batch.base.row_tile * batch.base.group_size;
-      const int first_query =
-          item.tile * batch.base.row_tile - batch.base.sequences[sequence].q_start;
       const Slot<2> q(items++);
       WaitEmpty(shared.q_empty, q.index, q.parity);
       const uint32_t full = SharedAddress(&shared.q_full[q.index]);
@@ -363,7 +369,7 @@ __device__ __forceinline__ void Load(const AttentionBatchSm90& batch, Shared<kHe
       for (int slice = 0; slice < C::kSlices; ++slice) {
         TmaLoad3D(SharedAddress(shared.q[q.index]) + slice * C::kSliceBytes,
                   &batch.q_maps[sequence], full, slice * 64, group * batch.base.group_size,
-                  first_query);
+                  FirstQuery(batch, plan.work));
       }
     }
     WaitEmpty(shared.k_empty, stage.index, stage.parity);
@@ -371,7 +377,7 @@ __device__ __forceinline__ void Load(const AttentionBatchSm90& batch, Shared<kHe
     if (tile >= C::kStages) {
       BarrierArrive(SharedAddress(&shared.plan_empty[(tile - C::kStages) % kPlans]));
     }
-    if (plan.item < 0) {
+    if (sequence < 0) {
       BarrierArrive(SharedAddress(&shared.k_full[stage.index]), 2);
       return;
     }
@@ -404,16 +410,27 @@ __device__ __forceinline__ void GatherRows(uint32_t tile_shared, const char* row
                 ((chunk ^ (row + i)) & 7) * 16;
   }
   rows += chunk * 16;
-#pragma unroll 4
-  for (int n = begin; n < end; n += kStep) {
-    const int4 quad = *reinterpret_cast<const int4*>(columns + n + row);
-    const int column[4] = {quad.x, quad.y, quad.z, quad.w};
+  asm volatile("" : "+l"(rows));  // one addition for each address, not two
+  // Column numbers of several steps before their copies: the latencies overlap.
+  constexpr int kSteps = 4;
+  static_assert(kHalf % (kSteps * kStep) == 0);
+  for (int n = begin; n < end; n += kSteps * kStep) {
+    int4 quads[kSteps];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool valid =
-          !kCheck || static_cast<uint32_t>(column[i]) < static_cast<uint32_t>(kv_tokens);
-      const uint64_t offset = uint64_t{valid ? static_cast<uint32_t>(column[i]) : 0} * token_bytes;
-      CopyAsync16(target[i] + n * 128, rows + offset, valid);
+    for (int i = 0; i < kSteps; ++i) {
+      quads[i] = *reinterpret_cast<const int4*>(columns + n + i * kStep + row);
+    }
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int column[4] = {quads[i].x, quads[i].y, quads[i].z, quads[i].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool valid =
+            !kCheck || static_cast<uint32_t>(column[j]) < static_cast<uint32_t>(kv_tokens);
+        const uint64_t offset =
+            uint64_t{valid ? static_cast<uint32_t>(column[j]) : 0} * token_bytes;
+        CopyAsync16(target[j] + (n + i * kStep) * 128, rows + offset, valid);
+      }
     }
   }
 }
@@ -450,11 +467,10 @@ __device__ __forceinline__ void Gather(const AttentionBatchSm90& batch, Shared<k
     const Slot<kPlans> slot(tile);
     const Stage<kHeadDim> stage(tile);
     wait(shared.plan_full[slot.index], slot.parity);
-    const int item_index = shared.plans[slot.index].item;
+    const WorkItem item = shared.plans[slot.index].work;
     const int flags = shared.plans[slot.index].flags;
-    if (item_index < 0) break;
+    if (item.sequence < 0) break;
     if (flags & kFirst) {
-      const WorkItem item = FindWorkItem(batch.base, item_index);
       const SequenceParams& s = batch.base.sequences[item.sequence];
       rows = static_cast<const char*>(kKeys ? s.k : s.v) + item.group * s.kv_head_stride * 2;
       token_bytes = static_cast<uint32_t>(s.kv_token_stride * 2);
@@ -479,8 +495,8 @@ __device__ __forceinline__ void Gather(const AttentionBatchSm90& batch, Shared<k
       }
       copying = SharedAddress(&full[stage.index]);
     }
+    BarrierArrive(SharedAddress(&shared.plan_empty[slot.index]));  // each lane has read columns
     __syncwarp();
-    if (leader) BarrierArrive(SharedAddress(&shared.plan_empty[slot.index]));
   }
   finish_all();
 }
@@ -502,31 +518,32 @@ __device__ __forceinline__ void StartScores(float (&s)[kColumns / 2], uint32_t q
   WgmmaCommit();
 }
 
-/// o += p v; committed, not waited for.
+/// o += p v, or o = p v where `add` is false; committed, not waited for.
 template <int kHeadDim>
 __device__ __forceinline__ void StartValues(float (&o)[kHeadDim / 2],
                                             const uint32_t (&p)[kColumns / 16][4],
-                                            uint32_t v_shared) {
+                                            uint32_t v_shared, bool add) {
   v_shared = Uniform(v_shared);
 #pragma unroll
   for (int step = 0; step < kColumns / 16; ++step) {
     const uint64_t b = MatrixDescriptor(v_shared, Config<kHeadDim>::kSliceBytes, step * 16 * 128);
     if constexpr (kHeadDim == 128) {
-      WgmmaRegistersN128(o, p[step], b, 1);
+      WgmmaRegistersN128(o, p[step], b, step != 0 || add);
     } else {
-      WgmmaRegistersN64(o, p[step], b, 1);
+      WgmmaRegistersN64(o, p[step], b, step != 0 || add);
     }
   }
   WgmmaCommit();
 }
 
-/// Scores of invisible pairs become -inf. `limit`: position of the thread's two rows; idle rows
-/// have the largest one. A negative column is, unsigned, right of every row.
+/// Scores of invisible pairs of half `kTileHalf` become -inf. `limit`: position of the thread's two
+/// rows; idle rows have the largest one. A negative column is, unsigned, right of every row.
+template <int kTileHalf>
 __device__ __forceinline__ void Mask(float (&s)[kColumns / 2], const int32_t* columns,
                                      const uint32_t (&limit)[2]) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
-  for (int n = 0; n < kColumns / 8; ++n) {
+  for (int n = kTileHalf * kHalf / 8; n < (kTileHalf + 1) * kHalf / 8; ++n) {
     const int2 pair = *reinterpret_cast<const int2*>(columns + n * 8 + (lane & 3) * 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -541,6 +558,14 @@ __device__ __forceinline__ void Mask(float (&s)[kColumns / 2], const int32_t* co
 struct RowState {
   float max[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};
+
+  /// 1 / the whole row's sum, 0 for a row that saw no column. Called by a whole warp.
+  __device__ __forceinline__ float Inverse(int half) const {
+    float total = sum[half];
+    total += __shfl_xor_sync(0xffffffffu, total, 1);
+    total += __shfl_xor_sync(0xffffffffu, total, 2);
+    return total > 0.0f ? Reciprocal(total) : 0.0f;
+  }
 };
 
 /// Online softmax: s becomes the probabilities relative to the new maximum. What was accumulated
@@ -590,54 +615,65 @@ __device__ __forceinline__ void PackProbabilities(uint32_t (&p)[kColumns / 16][4
   }
 }
 
-/// Among four neighbouring lanes: lane j gets word j of each, in the order of the lanes.
-__device__ __forceinline__ void TransposeQuad(uint32_t (&w)[4]) {
-  const int lane = threadIdx.x & 3;
+/// o / sum of this warp's 16 rows, rounded to bf16, into the queries' place: `rows_shared` is the
+/// address of the warp's first row.
+template <int kHeadDim>
+__device__ __forceinline__ void WriteRows(uint32_t rows_shared, const float (&o)[kHeadDim / 2],
+                                          const RowState& rows) {
+  const float inverse[2] = {rows.Inverse(0), rows.Inverse(1)};
+  // Matrix lane / 8 of each store: rows 8 * (matrix % 2), 16-byte chunk matrix / 2 of two.
+  const int lane = threadIdx.x & 31;
+  const int row = lane % 16;
+  const int chunk = lane / 16;
 #pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, lane & 1 ? w[i] : w[i + 1], 1);
-    (lane & 1 ? w[i] : w[i + 1]) = other;
-  }
+  for (int n = 0; n < kHeadDim / 8; n += 2) {
+    uint32_t words[4];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, lane & 2 ? w[i] : w[i + 2], 2);
-    (lane & 2 ? w[i] : w[i + 2]) = other;
+    for (int i = 0; i < 4; ++i) {
+      const int at = (n + i / 2) * 4 + i % 2 * 2;
+      words[i] = PackBf16(o[at] * inverse[i % 2], o[at + 1] * inverse[i % 2]);
+    }
+    StoreMatrix4(rows_shared + n / 8 * Config<kHeadDim>::kSliceBytes + row * 128 +
+                     (((n + chunk) ^ row) & 7) * 16,
+                 words);
   }
 }
 
-/// out = o / sum for the thread's two rows, `row` and `row + 8` of the row tile.
+/// Starts the copy of a row tile's output to where it belongs. One thread.
 template <int kHeadDim>
-__device__ __forceinline__ void StoreRows(const AttentionBatchSm90& batch,
-                                          const SequenceParams& sequence, const WorkItem& item,
-                                          int first_row, const float (&o)[kHeadDim / 2],
+__device__ __forceinline__ void SendRows(const AttentionBatchSm90& batch, const WorkItem& work,
+                                         uint32_t out_shared) {
+#pragma unroll
+  for (int slice = 0; slice < Config<kHeadDim>::kSlices; ++slice) {
+    TmaStore3D(&batch.out_maps[work.sequence], out_shared + slice * Config<kHeadDim>::kSliceBytes,
+               slice * 64, work.group * batch.base.group_size, FirstQuery(batch, work));
+  }
+  CommitBulk();
+}
+
+/// The same without the copy engine, which refuses to store at negative coordinates: the row tile
+/// in which the queries begin. `row`: this thread's first row.
+template <int kHeadDim>
+__device__ __forceinline__ void StoreRows(const AttentionBatchSm90& batch, const WorkItem& work,
+                                          int row, const float (&o)[kHeadDim / 2],
                                           const RowState& rows) {
-  const int lane = threadIdx.x & 3;
+  const SequenceParams& sequence = batch.base.sequences[work.sequence];
+  const int group_size = batch.base.group_size;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float sum = rows.sum[half];
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-    const int row = first_row + half * 8;
-    const int position = RowPosition(batch, sequence, item.tile, row);
-    const int head = row - DivideRow(row, batch.group_reciprocal) * batch.base.group_size;
+    const float inverse = rows.Inverse(half);
+    const int packed = row + half * 8;
+    const int position = RowPosition(batch, sequence, work.tile, packed);
+    if (position < 0) continue;
+    const int head =
+        work.group * group_size + packed - DivideRow(packed, batch.group_reciprocal) * group_size;
     auto* out = static_cast<__nv_bfloat16*>(sequence.out) +
                 (position - sequence.q_start) * sequence.out_token_stride +
-                (static_cast<int64_t>(item.group) * batch.base.group_size + head) *
-                    sequence.out_head_stride;
+                head * sequence.out_head_stride + (threadIdx.x & 3) * 2;
 #pragma unroll
-    for (int chunk = 0; chunk < kHeadDim / 8; chunk += 4) {
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        words[i] = PackBf16(o[(chunk + i) * 4 + half * 2] * inverse,
-                            o[(chunk + i) * 4 + half * 2 + 1] * inverse);
-      }
-      TransposeQuad(words);
-      if (position >= 0) {
-        *reinterpret_cast<uint4*>(out + (chunk + lane) * 8) =
-            make_uint4(words[0], words[1], words[2], words[3]);
-      }
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      *reinterpret_cast<uint32_t*>(out + n * 8) =
+          PackBf16(o[n * 4 + half * 2] * inverse, o[n * 4 + half * 2 + 1] * inverse);
     }
   }
 }
@@ -650,6 +686,8 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
   const bool warp_leader = thread % 32 == 0;
   const int first_row = consumer * 64 + thread / 32 * 16 + thread % 32 / 4;
   const uint32_t q_shared = SharedAddress(shared.q[0]) + consumer * 64 * 128;
+  // Sends the output of both consumers, the last one to write, and gives the queries' place back.
+  const bool sender = consumer == 1 && thread == 0;
   const float scale_log2 = batch.base.scale * 1.4426950408889634f;
   const auto release = [&](uint64_t& barrier) {
     if (warp_leader) BarrierArrive(SharedAddress(&barrier));
@@ -663,27 +701,25 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
 
   uint32_t items = 0;  // finished ones
   WorkItem item;
-  const auto start_item = [&](int index) {
-    item = FindWorkItem(batch.base, index);
+  const auto start_item = [&](const WorkItem& next_item) {
+    item = next_item;
     const SequenceParams& sequence = batch.base.sequences[item.sequence];
     limit[0] = static_cast<uint32_t>(RowPosition(batch, sequence, item.tile, first_row));
     limit[1] = static_cast<uint32_t>(RowPosition(batch, sequence, item.tile, first_row + 8));
     rows = RowState();
-#pragma unroll
-    for (float& x : o) x = 0.0f;
   };
-  // After the scores of a tile: gives its keys back, and the item's queries after its last tile.
+  // After the scores of a tile: gives its keys back.
   // In blocks of their own, for the compiler would move them down past the softmax.
   const auto mask_and_release = [&](uint32_t tile, int flags) {
-    if (flags & kMasked) Mask(s, shared.columns[tile % kPlans], limit);
+    if (flags & kMasked0) Mask<0>(s, shared.columns[tile % kPlans], limit);
+    if (flags & kMasked1) Mask<1>(s, shared.columns[tile % kPlans], limit);
     release(shared.k_empty[Stage<kHeadDim>(tile).index]);
-    if (flags & kLast) release(shared.q_empty[items % 2]);
   };
 
   // The block has at least one item.
   WaitFull(shared.k_full, 0, 0);
   int flags = shared.plans[0].flags;
-  start_item(shared.plans[0].item);
+  start_item(shared.plans[0].work);
   WaitFull(shared.q_full, 0, 0);
   WgmmaFence();
   StartScores<kHeadDim>(s, q_shared, SharedAddress(shared.k[0]));
@@ -697,8 +733,13 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
   for (uint32_t tile = 0;; ++tile) {
     // p holds the probabilities of `tile`, o the sum over the item's tiles before it.
     const Stage<kHeadDim> stage(tile), next(tile + 1);
+    if ((flags & kFirst) && sender && items > 0) {
+      // The last item's output has left by now. The queries waited for below may need its place.
+      WaitBulkReads();
+      BarrierArrive(SharedAddress(&shared.q_empty[(items - 1) % 2]));
+    }
     WaitFull(shared.k_full, next.index, next.parity);
-    const int next_item = shared.plans[(tile + 1) % kPlans].item;
+    const WorkItem next_item = shared.plans[(tile + 1) % kPlans].work;
     const int next_flags = shared.plans[(tile + 1) % kPlans].flags;
     const Slot<2> q(items + (next_flags & kFirst ? 1 : 0));
     if (next_flags & kFirst) WaitFull(shared.q_full, q.index, q.parity);
@@ -709,20 +750,33 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
                           SharedAddress(shared.k[next.index]));
     WaitFull(shared.v_full, stage.index, stage.parity);
     WgmmaFence();
-    StartValues<kHeadDim>(o, p, SharedAddress(shared.v[stage.index]));
+    StartValues<kHeadDim>(o, p, SharedAddress(shared.v[stage.index]), (flags & kFirst) == 0);
     NamedBarrierArrive(kTurnBarrier + (consumer ^ 1), 2 * kWarpgroup);
     WgmmaWait<1>();
     PinRegisters(s);
-    if ((next_flags & (kMasked | kLast)) == 0) release(shared.k_empty[next.index]);
+    if ((next_flags & kMasked) == 0) release(shared.k_empty[next.index]);
     if (flags & kLast) {
       WgmmaWait<0>();
       PinRegisters(o);
-      StoreRows<kHeadDim>(batch, batch.base.sequences[item.sequence], item, first_row, o, rows);
-      if (next_item < 0) break;
+      const uint32_t out_shared = SharedAddress(shared.q[items % 2]);
+      const bool send = FirstQuery(batch, item) >= 0;
+      if (send) {
+        WriteRows<kHeadDim>(out_shared + (consumer * 64 + thread / 32 * 16) * 128, o, rows);
+        FenceProxyAsync();
+      } else {
+        StoreRows<kHeadDim>(batch, item, first_row, o, rows);
+      }
+      if (consumer == 0) {
+        NamedBarrierArrive(kOutputBarrier + items % 2, 2 * kWarpgroup);
+      } else {
+        NamedBarrierSync(kOutputBarrier + items % 2, 2 * kWarpgroup);
+        if (send && sender) SendRows<kHeadDim>(batch, item, out_shared);
+      }
+      if (next_item.sequence < 0) break;
       ++items;
       start_item(next_item);
     }
-    if (next_flags & (kMasked | kLast)) mask_and_release(tile + 1, next_flags);
+    if (next_flags & kMasked) mask_and_release(tile + 1, next_flags);
     const bool changed = Softmax(s, rows, scale_log2, correction);
     // Never true. The assembler would wait for the product o += p v before the softmax instead of
     // computing the one under the other; it does not move the wait across a branch.
@@ -730,13 +784,14 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
     WgmmaWait<0>();
     PinRegisters(o);
     release(shared.v_empty[stage.index]);
-    if (changed) {
+    if (changed && (next_flags & kFirst) == 0) {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= correction[i / 2 % 2];
     }
     PackProbabilities(p, s);
     flags = next_flags;
   }
+  if (sender) WaitBulk();
   if (consumer == 0) NamedBarrierSync(kTurnBarrier, 2 * kWarpgroup);  // the turn left over
 }
 
@@ -758,12 +813,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int i = 0; i < 2; ++i) {
       BarrierInit(SharedAddress(&shared.q_full[i]), 1);
-      BarrierInit(SharedAddress(&shared.q_empty[i]), 8);
+      BarrierInit(SharedAddress(&shared.q_empty[i]), 1);
     }
     for (int i = 0; i < kPlans; ++i) {
-      // Empty: the loader and both gatherers.
-      BarrierInit(SharedAddress(&shared.plan_full[i]), 1);
-      BarrierInit(SharedAddress(&shared.plan_empty[i]), 3);
+      // Full: the planner's threads. Empty: the loader (for the consumers, too) and the gatherers'.
+      BarrierInit(SharedAddress(&shared.plan_full[i]), 32);
+      BarrierInit(SharedAddress(&shared.plan_empty[i]), 1 + 2 * 32);
     }
     FenceBarrierInit();
   }
@@ -832,11 +887,15 @@ KernelStatus LaunchAttentionSm90(const AttentionBatch& base, int num_items, int 
       return sm90::DescribeTensor(map, rows, {head_dim, s.kv_tokens, base.num_groups},
                                   {s.kv_token_stride, s.kv_head_stride}, {64, kBandBlock, 1});
     };
-    const bool described =
-        columns(&batch.k_maps[i], s.k) && columns(&batch.v_maps[i], s.v) &&
-        sm90::DescribeTensor(&batch.q_maps[i], s.q, {head_dim, q_heads, q_tokens},
-                             {s.q_head_stride, s.q_token_stride},
-                             {64, base.group_size, base.row_tile});
+    const auto rows = [&](CUtensorMap* map, const void* data, int64_t head_stride,
+                          int64_t token_stride) {
+      return sm90::DescribeTensor(map, data, {head_dim, q_heads, q_tokens},
+                                  {head_stride, token_stride},
+                                  {64, base.group_size, base.row_tile});
+    };
+    const bool described = columns(&batch.k_maps[i], s.k) && columns(&batch.v_maps[i], s.v) &&
+                           rows(&batch.q_maps[i], s.q, s.q_head_stride, s.q_token_stride) &&
+                           rows(&batch.out_maps[i], s.out, s.out_head_stride, s.out_token_stride);
     if (!described) return KernelStatus::kUnsupportedShape;
   }
   batch.counter = sm90::ItemCounter(stream);

@@ -11,9 +11,10 @@ struct AttentionBatchSm90 {
   /// K and V of each sequence as (element, token, KV head), boxes of 64 x 64 x 1.
   CUtensorMap k_maps[kSequencesPerLaunch];
   CUtensorMap v_maps[kSequencesPerLaunch];
-  /// Q of each sequence as (element, head, token), boxes of one row tile: 64 x group_size x
-  /// row_tile, that is, packed rows.
+  /// Q and output of each sequence as (element, head, token), boxes of one row tile: 64 x
+  /// group_size x row_tile, that is, packed rows.
   CUtensorMap q_maps[kSequencesPerLaunch];
+  CUtensorMap out_maps[kSequencesPerLaunch];
   AttentionBatch base;
   uint32_t* counter;  // draws of this launch so far (0), or null: static schedule
   int32_t num_items;

@@ -85,14 +85,46 @@ __device__ __forceinline__ void TmaLoad3D(uint32_t destination, const CUtensorMa
       : "memory");
 }
 
-__device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
+/// The way back; parts outside the tensor are not written. One bulk group per CommitBulk.
+__device__ __forceinline__ void TmaStore3D(const CUtensorMap* map, uint32_t source, int element,
+                                           int row, int head) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];\n" ::
+          "l"(reinterpret_cast<uint64_t>(map)),
+      "r"(source), "r"(element), "r"(row), "r"(head)
+      : "memory");
+}
+__device__ __forceinline__ void CommitBulk() {
+  asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+}
+/// Waits until this thread's bulk groups have read shared memory.
+__device__ __forceinline__ void WaitBulkReads() {
+  asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory");
+}
+/// Waits until this thread's bulk groups are done.
+__device__ __forceinline__ void WaitBulk() {
+  asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory");
 }
 
-/// Orders this thread's view of ordinary shared-memory writes (cp.async among them) before later
-/// reads by wgmma.
+/// Stores four 8x8 matrices of 16-bit elements; lanes 8 i .. 8 i + 7 hold the row addresses of
+/// matrix i.
+__device__ __forceinline__ void StoreMatrix4(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+/// Orders this thread's ordinary shared-memory writes (cp.async among them) before later reads by
+/// wgmma and the copy engine.
 __device__ __forceinline__ void FenceProxyAsync() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
+/// 1 / x, about 1 unit in the last place.
+__device__ __forceinline__ float Reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // ---- Registers of a warpgroup.
