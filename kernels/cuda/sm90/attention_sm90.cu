@@ -23,9 +23,9 @@
 //                masked tiles, read by the gather and by the mask.
 //
 // Producer warps: 0 loads queries and bands (TMA); 1 plans: draws work items and walks their index,
-// some tiles ahead; 2 gathers keys, 3 values. Consumers overlap the softmax of one tile
-// with the products S = Q K of the next, of the next item's first one too, and O += P V of the one
-// before.
+// some tiles ahead; 2 and 3 each gather one half of the tiles. Consumers overlap the softmax of one
+// tile with the products S = Q K of the next, of the next item's first one too, and O += P V of the
+// one before.
 //
 // Scheduling: items are drawn from a counter (item_counter.h), heaviest first; while a stream is
 // captured each block takes every gridDim-th item. An item's result does not depend on who
@@ -67,7 +67,6 @@ constexpr int kFirst = 2;     // of its item
 constexpr int kLast = 4;      // of its item
 constexpr int kGather0 = 8;   // half 0 is gathered, else a band or nothing
 constexpr int kGather1 = 16;  // the same for half 1
-constexpr int kGathers = kGather0 | kGather1;
 
 /// What a tile is made of.
 struct alignas(16) Plan {
@@ -252,7 +251,7 @@ class Planner {
     for (int u = 0; u < 4; ++u) {
       keep[u] = candidate_[u] <= last_row_;
       if (keep[u]) {
-        const int block = (last_row_ - candidate_[u]) / kBandBlock;
+        const uint32_t block = static_cast<uint32_t>(last_row_ - candidate_[u]) / kBandBlock;
         keep[u] = (band_bits_[block >> 5] >> (block & 31) & 1) == 0;
       }
     }
@@ -326,15 +325,15 @@ class Planner {
 
 // ---------------------------------------------------------------------------- loader
 
-/// Starts the TMA copies of the halves of a K or V tile that are not gathered. Where none is, the
-/// gatherer's arrival comes from here.
+/// Starts the TMA copies of the halves of a K or V tile that are not gathered, and arrives for
+/// their gatherers.
 template <int kHeadDim>
 __device__ __forceinline__ void LoadBands(uint32_t tile_shared, const CUtensorMap* map,
                                           uint64_t& full, const Plan& plan, int group) {
   using C = Config<kHeadDim>;
   const uint32_t barrier = SharedAddress(&full);
   const bool load[2] = {(plan.flags & kGather0) == 0, (plan.flags & kGather1) == 0};
-  if ((plan.flags & kGathers) == 0) BarrierArrive(barrier);
+  if (load[0] || load[1]) BarrierArrive(barrier, load[0] + load[1]);
   BarrierArriveExpect(barrier, (load[0] + load[1]) * (C::kTileBytes / 2));
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -378,7 +377,7 @@ __device__ __forceinline__ void Load(const AttentionBatchSm90& batch, Shared<kHe
       BarrierArrive(SharedAddress(&shared.plan_empty[(tile - C::kStages) % kPlans]));
     }
     if (sequence < 0) {
-      BarrierArrive(SharedAddress(&shared.k_full[stage.index]), 2);
+      BarrierArrive(SharedAddress(&shared.k_full[stage.index]), 3);
       return;
     }
     LoadBands<kHeadDim>(SharedAddress(shared.k[stage.index]), &batch.k_maps[sequence],
@@ -391,12 +390,12 @@ __device__ __forceinline__ void Load(const AttentionBatchSm90& batch, Shared<kHe
 
 // ---------------------------------------------------------------------------- gatherers
 
-/// Starts the copies of rows [begin, end) of a K or V tile (multiples of 64) from `rows`. `kCheck`:
-/// a column may lie outside the sequence; its row becomes zeros. One warp.
+/// Starts the copies of one half of a K or V tile from `rows`. `kCheck`: a column may lie outside
+/// the sequence; its row becomes zeros. One warp.
 template <int kHeadDim, bool kCheck>
-__device__ __forceinline__ void GatherRows(uint32_t tile_shared, const char* rows,
+__device__ __forceinline__ void GatherHalf(uint32_t half_shared, const char* rows,
                                            uint32_t token_bytes, int kv_tokens,
-                                           const int32_t* columns, int begin, int end) {
+                                           const int32_t* columns) {
   constexpr int kChunks = kHeadDim / 8;    // 16-byte pieces of a row
   constexpr int kStep = 4 * 32 / kChunks;  // rows per step: each lane copies a piece of four
   static_assert(kStep % 8 == 0);           // so that the swizzle is the same in each step
@@ -406,7 +405,7 @@ __device__ __forceinline__ void GatherRows(uint32_t tile_shared, const char* row
   uint32_t target[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    target[i] = tile_shared + chunk / 8 * Config<kHeadDim>::kSliceBytes + (row + i) * 128 +
+    target[i] = half_shared + chunk / 8 * Config<kHeadDim>::kSliceBytes + (row + i) * 128 +
                 ((chunk ^ (row + i)) & 7) * 16;
   }
   rows += chunk * 16;
@@ -414,7 +413,7 @@ __device__ __forceinline__ void GatherRows(uint32_t tile_shared, const char* row
   // Column numbers of several steps before their copies: the latencies overlap.
   constexpr int kSteps = 4;
   static_assert(kHalf % (kSteps * kStep) == 0);
-  for (int n = begin; n < end; n += kSteps * kStep) {
+  for (int n = 0; n < kHalf; n += kSteps * kStep) {
     int4 quads[kSteps];
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
@@ -435,11 +434,18 @@ __device__ __forceinline__ void GatherRows(uint32_t tile_shared, const char* row
   }
 }
 
-/// Gathers the verticals of K (`kKeys`) or V. One warp.
-template <int kHeadDim, bool kKeys>
+/// Gathers half `kTileHalf` of the tiles' keys and values, the keys one tile ahead of the values:
+/// the order in which consumers give them back. One warp.
+template <int kHeadDim, int kTileHalf>
 __device__ __forceinline__ void Gather(const AttentionBatchSm90& batch, Shared<kHeadDim>& shared) {
-  uint64_t* full = kKeys ? shared.k_full : shared.v_full;
-  uint64_t* empty = kKeys ? shared.k_empty : shared.v_empty;
+  constexpr int kGathered = kTileHalf == 0 ? kGather0 : kGather1;
+  constexpr int kMayMask = kTileHalf == 0 ? kMasked0 : kMasked1;
+  struct Source {
+    const char *k, *v;
+    uint32_t token_bytes;
+    int kv_tokens;
+    int flags;
+  };
   const bool leader = threadIdx.x % 32 == 0;
   uint32_t copying = 0;  // full barrier of the tile whose copies are in flight
   // cp.async writes in the generic proxy, wgmma reads in the async proxy: the writer fences.
@@ -460,43 +466,56 @@ __device__ __forceinline__ void Gather(const AttentionBatchSm90& batch, Shared<k
     BarrierWait(SharedAddress(&barrier), parity);
     __syncwarp();
   };
-  const char* rows = nullptr;
-  uint32_t token_bytes = 0;
-  int kv_tokens = 0;
+  const auto gather = [&](uint8_t* tile, uint64_t& full, const char* rows, const Source& source,
+                          const int32_t* columns) {
+    const uint32_t target = SharedAddress(tile) + kTileHalf * kHalf * 128;
+    if (source.flags & kMayMask) {
+      GatherHalf<kHeadDim, true>(target, rows, source.token_bytes, source.kv_tokens, columns);
+    } else {
+      GatherHalf<kHeadDim, false>(target, rows, source.token_bytes, source.kv_tokens, columns);
+    }
+    CommitCopies();
+    if (copying != 0) {
+      WaitCopies<1>();
+      finish();
+    }
+    copying = SharedAddress(&full);
+  };
+  Source source = {}, last = {};  // of the keys' tile and of the values' tile
   for (uint32_t tile = 0;; ++tile) {
     const Slot<kPlans> slot(tile);
     const Stage<kHeadDim> stage(tile);
     wait(shared.plan_full[slot.index], slot.parity);
     const WorkItem item = shared.plans[slot.index].work;
-    const int flags = shared.plans[slot.index].flags;
+    source.flags = shared.plans[slot.index].flags;
+    if (item.sequence >= 0) {
+      if (source.flags & kFirst) {
+        const SequenceParams& s = batch.base.sequences[item.sequence];
+        source.k = static_cast<const char*>(s.k) + item.group * s.kv_head_stride * 2;
+        source.v = static_cast<const char*>(s.v) + item.group * s.kv_head_stride * 2;
+        source.token_bytes = static_cast<uint32_t>(s.kv_token_stride * 2);
+        source.kv_tokens = s.kv_tokens;
+      }
+      // Also where there is nothing to gather: a wait tells only neighbouring phases apart.
+      wait(shared.k_empty[stage.index], stage.parity ^ 1);
+      if (source.flags & kGathered) {
+        gather(shared.k[stage.index], shared.k_full[stage.index], source.k, source,
+               shared.columns[slot.index] + kTileHalf * kHalf);
+      }
+    }
+    if (tile > 0) {
+      const Slot<kPlans> last_slot(tile - 1);
+      const Stage<kHeadDim> last_stage(tile - 1);
+      wait(shared.v_empty[last_stage.index], last_stage.parity ^ 1);
+      if (last.flags & kGathered) {
+        gather(shared.v[last_stage.index], shared.v_full[last_stage.index], last.v, last,
+               shared.columns[last_slot.index] + kTileHalf * kHalf);
+      }
+      // Each lane has read columns.
+      BarrierArrive(SharedAddress(&shared.plan_empty[last_slot.index]));
+    }
     if (item.sequence < 0) break;
-    if (flags & kFirst) {
-      const SequenceParams& s = batch.base.sequences[item.sequence];
-      rows = static_cast<const char*>(kKeys ? s.k : s.v) + item.group * s.kv_head_stride * 2;
-      token_bytes = static_cast<uint32_t>(s.kv_token_stride * 2);
-      kv_tokens = s.kv_tokens;
-    }
-    // Also where there is nothing to gather: a wait tells only neighbouring phases apart.
-    wait(empty[stage.index], stage.parity ^ 1);
-    if (flags & kGathers) {
-      const uint32_t target = SharedAddress(kKeys ? shared.k[stage.index] : shared.v[stage.index]);
-      const int32_t* columns = shared.columns[slot.index];
-      const int begin = flags & kGather0 ? 0 : kHalf;
-      const int end = flags & kGather1 ? kColumns : kHalf;
-      if (flags & kMasked) {
-        GatherRows<kHeadDim, true>(target, rows, token_bytes, kv_tokens, columns, begin, end);
-      } else {
-        GatherRows<kHeadDim, false>(target, rows, token_bytes, kv_tokens, columns, begin, end);
-      }
-      CommitCopies();
-      if (copying != 0) {
-        WaitCopies<1>();
-        finish();
-      }
-      copying = SharedAddress(&full[stage.index]);
-    }
-    BarrierArrive(SharedAddress(&shared.plan_empty[slot.index]));  // each lane has read columns
-    __syncwarp();
+    last = source;
   }
   finish_all();
 }
@@ -659,9 +678,9 @@ __device__ __forceinline__ void StoreRows(const AttentionBatchSm90& batch, const
                                           const RowState& rows) {
   const SequenceParams& sequence = batch.base.sequences[work.sequence];
   const int group_size = batch.base.group_size;
+  const float inverse[2] = {rows.Inverse(0), rows.Inverse(1)};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float inverse = rows.Inverse(half);
     const int packed = row + half * 8;
     const int position = RowPosition(batch, sequence, work.tile, packed);
     if (position < 0) continue;
@@ -673,7 +692,7 @@ __device__ __forceinline__ void StoreRows(const AttentionBatchSm90& batch, const
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
       *reinterpret_cast<uint32_t*>(out + n * 8) =
-          PackBf16(o[n * 4 + half * 2] * inverse, o[n * 4 + half * 2 + 1] * inverse);
+          PackBf16(o[n * 4 + half * 2] * inverse[half], o[n * 4 + half * 2 + 1] * inverse[half]);
     }
   }
 }
@@ -805,9 +824,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     // The swizzle counts from 1024-byte boundaries.
     if (SharedAddress(&shared) % 1024 != 0) __trap();
     for (int i = 0; i < C::kStages; ++i) {
-      // Full: the loader and the gatherer. Empty: each consumer warp.
-      BarrierInit(SharedAddress(&shared.k_full[i]), 2);
-      BarrierInit(SharedAddress(&shared.v_full[i]), 2);
+      // Full: the loader and each half's gatherer. Empty: each consumer warp.
+      BarrierInit(SharedAddress(&shared.k_full[i]), 3);
+      BarrierInit(SharedAddress(&shared.v_full[i]), 3);
       BarrierInit(SharedAddress(&shared.k_empty[i]), 8);
       BarrierInit(SharedAddress(&shared.v_empty[i]), 8);
     }
@@ -837,9 +856,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else if (warp == 1) {
       Planner<kHeadDim>(batch, shared).Run();
     } else if (warp == 2) {
-      Gather<kHeadDim, true>(batch, shared);
+      Gather<kHeadDim, 0>(batch, shared);
     } else {
-      Gather<kHeadDim, false>(batch, shared);
+      Gather<kHeadDim, 1>(batch, shared);
     }
   } else {
     RaiseRegisters<kConsumerRegisters>();
