@@ -339,6 +339,35 @@ TEST(AttentionCuda, IsCapturedIntoAGraph) {
   cudaStreamDestroy(stream);
 }
 
+// Persistent kernels draw their work from counters: launches on several streams must not share one.
+TEST(AttentionCuda, LaunchesOnSeveralStreamsDoNotMix) {
+  constexpr int kStreams = 4;
+  std::vector<std::unique_ptr<Problem>> problems;
+  std::vector<std::vector<char>> expected;
+  cudaStream_t streams[kStreams];
+  for (int i = 0; i < kStreams; ++i) {
+    VSP_ASSERT_CUDA(cudaStreamCreateWithFlags(&streams[i], cudaStreamNonBlocking));
+    problems.push_back(std::make_unique<Problem>(Case{"", 32, 8, 128, 700, 900 + i, 0.1, 0.2},
+                                                 DType::kBF16, 20 + i));
+    Problem& p = *problems.back();
+    ASSERT_EQ(AttentionCuda(p.shape, &p.device, 1, nullptr), KernelStatus::kOk);
+    ASSERT_TRUE(testing::Synchronize());
+    expected.push_back(p.out_device.Download<char>());
+    ASSERT_EQ(cudaMemset(p.out_device.data(), 0xff, expected.back().size()), cudaSuccess);
+  }
+  for (int repeat = 0; repeat < 8; ++repeat) {
+    for (int i = 0; i < kStreams; ++i) {
+      Problem& p = *problems[i];
+      ASSERT_EQ(AttentionCuda(p.shape, &p.device, 1, streams[i]), KernelStatus::kOk);
+    }
+  }
+  ASSERT_TRUE(testing::Synchronize());
+  for (int i = 0; i < kStreams; ++i) {
+    EXPECT_EQ(problems[i]->out_device.Download<char>(), expected[i]) << "stream " << i;
+    cudaStreamDestroy(streams[i]);
+  }
+}
+
 TEST(AttentionCuda, RefusesWhatItCannotDo) {
   Problem p({"", 4, 2, 64, 10, 10, kDense, 0}, DType::kBF16, 8);
   AttentionShape shape = p.shape;
