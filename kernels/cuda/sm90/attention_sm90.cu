@@ -325,15 +325,13 @@ class Planner {
 
 // ---------------------------------------------------------------------------- loader
 
-/// Starts the TMA copies of the halves of a K or V tile that are not gathered, and arrives for
-/// their gatherers.
+/// Starts the TMA copies of the halves of a K or V tile that are not gathered. One thread.
 template <int kHeadDim>
 __device__ __forceinline__ void LoadBands(uint32_t tile_shared, const CUtensorMap* map,
                                           uint64_t& full, const Plan& plan, int group) {
   using C = Config<kHeadDim>;
   const uint32_t barrier = SharedAddress(&full);
   const bool load[2] = {(plan.flags & kGather0) == 0, (plan.flags & kGather1) == 0};
-  if (load[0] || load[1]) BarrierArrive(barrier, load[0] + load[1]);
   BarrierArriveExpect(barrier, (load[0] + load[1]) * (C::kTileBytes / 2));
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -496,11 +494,13 @@ __device__ __forceinline__ void Gather(const AttentionBatchSm90& batch, Shared<k
         source.token_bytes = static_cast<uint32_t>(s.kv_token_stride * 2);
         source.kv_tokens = s.kv_tokens;
       }
-      // Also where there is nothing to gather: a wait tells only neighbouring phases apart.
+      // A wait tells only neighbouring phases apart, so gatherers take part in every tile.
       wait(shared.k_empty[stage.index], stage.parity ^ 1);
       if (source.flags & kGathered) {
         gather(shared.k[stage.index], shared.k_full[stage.index], source.k, source,
                shared.columns[slot.index] + kTileHalf * kHalf);
+      } else if (leader) {
+        BarrierArrive(SharedAddress(&shared.k_full[stage.index]));
       }
     }
     if (tile > 0) {
@@ -510,6 +510,8 @@ __device__ __forceinline__ void Gather(const AttentionBatchSm90& batch, Shared<k
       if (last.flags & kGathered) {
         gather(shared.v[last_stage.index], shared.v_full[last_stage.index], last.v, last,
                shared.columns[last_slot.index] + kTileHalf * kHalf);
+      } else if (leader) {
+        BarrierArrive(SharedAddress(&shared.v_full[last_stage.index]));
       }
       // Each lane has read columns.
       BarrierArrive(SharedAddress(&shared.plan_empty[last_slot.index]));
@@ -604,7 +606,9 @@ __device__ __forceinline__ bool Softmax(float (&s)[kColumns / 2], RowState& rows
     m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
     // A row that has seen no column yet: any finite reference keeps exp2 at zero, not NaN.
     const float reference = m == -INFINITY ? 0.0f : m * scale_log2;
-    correction[half] = Exp2(rows.max[half] * scale_log2 - reference);
+    // Exactly 1 where nothing changed (the rounding of `reference` would show): whether the warp
+    // corrects must not show in a row, for idle rows take part in the vote.
+    correction[half] = m == rows.max[half] ? 1.0f : Exp2(rows.max[half] * scale_log2 - reference);
     changed |= m != rows.max[half];
     rows.max[half] = m;
     float sum = 0.0f;
@@ -824,7 +828,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     // The swizzle counts from 1024-byte boundaries.
     if (SharedAddress(&shared) % 1024 != 0) __trap();
     for (int i = 0; i < C::kStages; ++i) {
-      // Full: the loader and each half's gatherer. Empty: each consumer warp.
+      // Full: the loader and both gatherers. Empty: each consumer warp.
       BarrierInit(SharedAddress(&shared.k_full[i]), 3);
       BarrierInit(SharedAddress(&shared.v_full[i]), 3);
       BarrierInit(SharedAddress(&shared.k_empty[i]), 8);
