@@ -19,6 +19,7 @@
 #include "absl/flags/flag.h"
 #include "absl/flags/parse.h"
 #include "absl/flags/usage.h"
+#include "kernels/cuda/attention_kernels.h"
 #include "kernels/kernel_set.h"
 
 ABSL_FLAG(std::string, json, "", "also write the figures to this file, as a JSON array");
@@ -180,7 +181,7 @@ struct Model {
   std::vector<int64_t> tokens;
 };
 
-/// An index whose density on long sequences is about `density`, half of the columns in bands.
+/// An index with the given numbers of random columns and of random bands beside the local ones.
 struct SyntheticIndex {
   std::vector<int32_t> verticals, bands;
   std::vector<uint32_t> bits;
@@ -196,11 +197,9 @@ struct SyntheticIndex {
     std::sort(all.begin(), all.end());
     return all;
   }
-  static std::vector<int32_t> Bands(int64_t n, int row_tile, double density) {
+  static std::vector<int32_t> Bands(int64_t n, int row_tile, int64_t more) {
     std::vector<int32_t> bands = {0, 1};
     const int64_t blocks = BandBlocks(n, row_tile);
-    // A band at a random distance is seen by half of the rows on average.
-    const int64_t more = static_cast<int64_t>(density * 0.5 * static_cast<double>(blocks)) - 2;
     if (blocks > 2) {
       for (int32_t b : Choose(2, blocks, more, 3)) bands.push_back(b);
     }
@@ -217,9 +216,9 @@ struct SyntheticIndex {
     for (int g = 0; g < groups; ++g) all.insert(all.end(), row.begin(), row.end());
     return all;
   }
-  SyntheticIndex(int groups, int64_t n, int row_tile, double density)
-      : verticals(Choose(0, n, static_cast<int64_t>(density * 0.5 * static_cast<double>(n)), 2)),
-        bands(Bands(n, row_tile, density)),
+  SyntheticIndex(int groups, int64_t n, int row_tile, int64_t num_verticals, int64_t more_bands)
+      : verticals(Choose(0, n, num_verticals, 2)),
+        bands(Bands(n, row_tile, more_bands)),
         bits(Bits(bands, BandWords(n, row_tile))),
         verticals_device(Repeat(verticals, groups)),
         num_verticals_device(std::vector<int32_t>(groups, static_cast<int32_t>(verticals.size()))),
@@ -269,7 +268,11 @@ void BenchAttention(Bench& bench, const Model& m, int64_t n) {
     Check(CountPairsCuda(shape, s, counts.as<PairCounts>(), nullptr), "CountPairsCuda");
     Check(cudaMemcpy(&pairs, counts.as<void>(), sizeof(pairs), cudaMemcpyDeviceToHost),
           "cudaMemcpy");
-    Figure& f = bench.Time(name, [&] { return AttentionCuda(shape, &s, 1, bench.stream()); });
+    const cuda::Bf16Kernel kernel = name.find("generic") != std::string::npos
+                                        ? cuda::Bf16Kernel::kGeneric
+                                        : cuda::Bf16Kernel::kFastest;
+    Figure& f =
+        bench.Time(name, [&] { return cuda::AttentionWith(kernel, shape, &s, 1, bench.stream()); });
     const double flops = 4.0 * m.head_dim / (f.milliseconds * 1e-3) * 1e-12;
     f.values = {
         {"useful_tflops", flops * static_cast<double>(pairs.unmasked)},
@@ -280,9 +283,19 @@ void BenchAttention(Bench& bench, const Model& m, int64_t n) {
   };
   run("attention dense " + where, nullptr);
   const int row_tile = RowTilePositions(shape.group_size());
+  // A column or a band at a random place is seen by half of the rows on average, so the share of
+  // the selected ones is the density.
   for (double density : {0.05, 0.1, 0.2}) {
-    SyntheticIndex index(m.kv_heads, n, row_tile, density);
-    run("attention sparse " + std::to_string(density).substr(0, 4) + " " + where, &index.view);
+    const std::string label = std::to_string(density).substr(0, 4) + " " + where;
+    const auto columns = static_cast<int64_t>(density * static_cast<double>(n));
+    const int64_t wide = std::min<int64_t>(1024, columns);
+    SyntheticIndex half(m.kv_heads, n, row_tile, columns / 2, columns / 2 / kBandBlock - 2);
+    run("attention sparse " + label, &half.view);
+    SyntheticIndex bands(m.kv_heads, n, row_tile, 0, columns / kBandBlock - 2);
+    run("attention bands " + label, &bands.view);
+    SyntheticIndex mixed(m.kv_heads, n, row_tile, wide, (columns - wide) / kBandBlock - 2);
+    run("attention 1024 verticals " + label, &mixed.view);
+    if (density == 0.05) run("attention generic sparse " + label, &half.view);
   }
 }
 
@@ -464,7 +477,7 @@ int Main() {
     Bench::Print(f);
   }
   const Model models[] = {
-      {"SmolLM2-135M", 9, 3, 64, 576, 1536, 256, {1024, 2048, 4096, 8192}},
+      {"SmolLM2-135M", 9, 3, 64, 576, 1536, 256, {1024, 2048, 4096, 8192, 32768}},
       {"Llama-3.1-8B", 32, 8, 128, 4096, 14336, 1024, {8192, 32768, 131072}},
   };
   for (const Model& m : models) {

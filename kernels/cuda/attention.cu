@@ -11,6 +11,7 @@ namespace vsprefill::kernels {
 namespace {
 
 using cuda::AttentionBatch;
+using cuda::Bf16Kernel;
 using cuda::SequenceParams;
 
 bool Supported(const AttentionShape& shape) {
@@ -78,9 +79,26 @@ SequenceParams Describe(const AttentionSequence& s, int64_t row_tile) {
   return p;
 }
 
+/// Whether the Hopper kernel reads what the batch reads: everything, or a vertical-slash index per
+/// KV group.
+bool KnownToSm90(const AttentionBatch& batch) {
+  return batch.groups_per_kv_head == 1 &&
+         std::none_of(batch.sequences, batch.sequences + batch.num_sequences,
+                      [](const SequenceParams& p) { return p.blocks != nullptr; });
+}
+
+KernelStatus LaunchBf16(Bf16Kernel kernel, const AttentionBatch& batch, int num_items, int head_dim,
+                        cudaStream_t stream) {
+  if (kernel == Bf16Kernel::kFastest && KnownToSm90(batch) && cuda::DeviceIsSm90()) {
+    const KernelStatus status = cuda::LaunchAttentionSm90(batch, num_items, head_dim, stream);
+    if (status != KernelStatus::kUnsupportedShape) return status;
+  }
+  return cuda::LaunchAttentionBf16(batch, num_items, head_dim, stream);
+}
+
 /// One launch: sequences whose indexes are for equally many groups.
-KernelStatus Launch(const AttentionShape& shape, int num_groups, const AttentionSequence** order,
-                    int count, Stream stream) {
+KernelStatus Launch(Bf16Kernel kernel, const AttentionShape& shape, int num_groups,
+                    const AttentionSequence** order, int count, Stream stream) {
   AttentionBatch batch = {};
   batch.num_groups = num_groups;
   batch.group_size = shape.num_q_heads / num_groups;
@@ -97,18 +115,20 @@ KernelStatus Launch(const AttentionShape& shape, int num_groups, const Attention
     items += int64_t{batch.sequences[i].num_tiles} * batch.num_groups;
   }
   batch.num_sequences = count;
-  if (items > INT32_MAX) return KernelStatus::kUnsupportedShape;
+  // Half of the range: persistent blocks count on past the last item.
+  if (items > INT32_MAX / 2) return KernelStatus::kUnsupportedShape;
   const int num_items = static_cast<int>(items);
   const cudaStream_t cuda_stream = cuda::AsCuda(stream);
   return shape.dtype == DType::kBF16
-             ? cuda::LaunchAttentionBf16(batch, num_items, shape.head_dim, cuda_stream)
+             ? LaunchBf16(kernel, batch, num_items, shape.head_dim, cuda_stream)
              : cuda::LaunchAttentionF32(batch, num_items, shape.head_dim, cuda_stream);
 }
 
 }  // namespace
 
-KernelStatus AttentionCuda(const AttentionShape& shape, const AttentionSequence* sequences,
-                           int num_sequences, Stream stream) {
+KernelStatus cuda::AttentionWith(Bf16Kernel kernel, const AttentionShape& shape,
+                                 const AttentionSequence* sequences, int num_sequences,
+                                 Stream stream) {
   if (!Supported(shape)) return KernelStatus::kUnsupportedShape;
   for (int i = 0; i < num_sequences; ++i) {
     if (!Supported(shape, sequences[i])) return KernelStatus::kUnsupportedShape;
@@ -122,12 +142,17 @@ KernelStatus AttentionCuda(const AttentionShape& shape, const AttentionSequence*
         if (s.q_tokens > 0 && IndexGroups(shape, s) == num_groups) order[count++] = &s;
       }
       if (count == 0) continue;
-      const KernelStatus status = Launch(shape, num_groups, order.data(), count, stream);
+      const KernelStatus status = Launch(kernel, shape, num_groups, order.data(), count, stream);
       if (status != KernelStatus::kOk) return status;
     }
     if (shape.num_kv_heads == shape.num_q_heads) break;
   }
   return KernelStatus::kOk;
+}
+
+KernelStatus AttentionCuda(const AttentionShape& shape, const AttentionSequence* sequences,
+                           int num_sequences, Stream stream) {
+  return cuda::AttentionWith(cuda::Bf16Kernel::kFastest, shape, sequences, num_sequences, stream);
 }
 
 }  // namespace vsprefill::kernels

@@ -1,8 +1,9 @@
 // AttentionCuda and CountPairsCuda against the references, over shapes, indexes, chunks and
-// batches.
+// batches. In bf16 both kernels are tested: the fastest one for the device and the generic one.
 #include <memory>
 
 #include "kernels/attention.h"
+#include "kernels/cuda/attention_kernels.h"
 #include "tests/kernels/cuda/gpu_test_support.h"
 
 namespace vsprefill::kernels {
@@ -53,6 +54,15 @@ const Case kCases[] = {
     {"SparseChunk", 9, 3, 64, 200, 1000, 0.1, 0.1},
     {"SparseChunkUnaligned", 8, 2, 128, 129, 641, 0.2, 0.1, 600},
     {"SparseOneQuery", 8, 2, 64, 1, 800, 0.2, 0.1},
+    // Odd and even numbers of whole blocks and of surviving verticals.
+    {"SmallSparseG1D128", 2, 2, 128, 200, 260, 0.2, 0.3},
+    {"SmallSparseG16D128", 16, 1, 128, 70, 290, 0.4, 0.3},
+    {"SmallNoLocalVerticalsG4D128", 4, 1, 128, 140, 340, 0.01, 0.0},
+    {"BandsOnlyD128", 8, 2, 128, 700, 1500, 0.0, 0.4},
+    {"VerticalsOnlyD128", 8, 2, 128, 700, 900, 1.0, 0.0},
+    {"ManyVerticalsG1D128", 1, 1, 128, 300, 3000, 0.6, 0.3},
+    {"LastRowTilesDenseG16D128", 16, 1, 128, 333, 1111, 0.1, 0.1, 1000},
+    {"LongChunkFarAway", 8, 2, 128, 40, 6000, 0.05, 0.05},
 };
 
 /// Inputs of one sequence on host and device; q and out as in a packed [q | k | v] row.
@@ -113,23 +123,31 @@ struct Problem {
   }
 };
 
+/// Runs the case with one kernel against the reference, and again for the same bits.
+void ExpectReference(Problem& p, cuda::Bf16Kernel kernel, const std::string& what) {
+  const DType dtype = p.shape.dtype;
+  ASSERT_EQ(cudaMemset(p.out_device.data(), 0xff, p.out.bytes.size()), cudaSuccess);
+  ASSERT_EQ(cuda::AttentionWith(kernel, p.shape, &p.device, 1, nullptr), KernelStatus::kOk);
+  ASSERT_TRUE(testing::Synchronize());
+  const HostTensor actual = DownloadTensor(p.out_device, dtype);
+  const bool bf16 = dtype == DType::kBF16;
+  testing::ExpectClose(actual, p.out, bf16 ? 6e-3 : 1e-5, bf16 ? 4e-2 : 1e-4, what);
+  ASSERT_EQ(cudaMemset(p.out_device.data(), 0xff, actual.bytes.size()), cudaSuccess);
+  ASSERT_EQ(cuda::AttentionWith(kernel, p.shape, &p.device, 1, nullptr), KernelStatus::kOk);
+  ASSERT_TRUE(testing::Synchronize());
+  EXPECT_EQ(p.out_device.Download<char>(), actual.bytes) << what << ": two runs differ";
+}
+
 class AttentionCudaTest : public ::testing::TestWithParam<std::tuple<Case, DType>> {};
 
 TEST_P(AttentionCudaTest, EqualsReference) {
   const auto& [c, dtype] = GetParam();
   Problem p(c, dtype, 1);
   ASSERT_EQ(AttentionRef(p.shape, &p.host, 1, nullptr), KernelStatus::kOk);
-  ASSERT_EQ(AttentionCuda(p.shape, &p.device, 1, nullptr), KernelStatus::kOk);
-  ASSERT_TRUE(testing::Synchronize());
-  const HostTensor actual = DownloadTensor(p.out_device, dtype);
-  const bool bf16 = dtype == DType::kBF16;
-  testing::ExpectClose(actual, p.out, bf16 ? 6e-3 : 1e-5, bf16 ? 4e-2 : 1e-4, c.name);
-
-  // The same bits again.
-  ASSERT_EQ(cudaMemset(p.out_device.data(), 0xff, actual.bytes.size()), cudaSuccess);
-  ASSERT_EQ(AttentionCuda(p.shape, &p.device, 1, nullptr), KernelStatus::kOk);
-  ASSERT_TRUE(testing::Synchronize());
-  EXPECT_EQ(p.out_device.Download<char>(), actual.bytes) << c.name << ": two runs differ";
+  ExpectReference(p, cuda::Bf16Kernel::kFastest, c.name);
+  if (dtype == DType::kBF16 && cuda::DeviceIsSm90()) {
+    ExpectReference(p, cuda::Bf16Kernel::kGeneric, std::string(c.name) + ", generic kernel");
+  }
 }
 
 TEST_P(AttentionCudaTest, PairCountsEqualTheCpu) {
@@ -160,6 +178,35 @@ INSTANTIATE_TEST_SUITE_P(Shapes, AttentionCudaTest,
                          ::testing::Combine(::testing::ValuesIn(kCases),
                                             ::testing::Values(DType::kBF16, DType::kF32)),
                          CaseName);
+
+// Every group size up to 16 and both head sizes of the Hopper kernel, in a chunk that starts and
+// ends inside row tiles.
+TEST(AttentionCuda, EveryGroupSizeEqualsReference) {
+  for (int group_size = 1; group_size <= 16; ++group_size) {
+    for (int head_dim : {64, 128}) {
+      Problem p({"", 2 * group_size, 2, head_dim, 95, 403, 0.15, 0.2, 390}, DType::kBF16,
+                10 * group_size + head_dim);
+      ASSERT_EQ(AttentionRef(p.shape, &p.host, 1, nullptr), KernelStatus::kOk);
+      ExpectReference(p, cuda::Bf16Kernel::kFastest,
+                      "g " + std::to_string(group_size) + ", d " + std::to_string(head_dim));
+    }
+  }
+}
+
+// Many work items for each multiprocessor, which the small shapes do not have.
+TEST(AttentionCuda, LongSequencesAgreeWithTheGenericKernel) {
+  if (!cuda::DeviceIsSm90()) GTEST_SKIP() << "one bf16 kernel on this device";
+  for (const Case& c : {Case{"8B", 32, 8, 128, 6000, 6007, 0.03, 0.05, 5990},
+                        Case{"135M", 9, 3, 64, 9000, 9000, 0.1, 0.05},
+                        Case{"8B dense", 32, 8, 128, 3001, 3001, kDense, 0}}) {
+    Problem p(c, DType::kBF16, 3);
+    ASSERT_EQ(cuda::AttentionWith(cuda::Bf16Kernel::kGeneric, p.shape, &p.device, 1, nullptr),
+              KernelStatus::kOk);
+    ASSERT_TRUE(testing::Synchronize());
+    p.out = DownloadTensor(p.out_device, DType::kBF16);
+    for (int run = 0; run < 3; ++run) ExpectReference(p, cuda::Bf16Kernel::kFastest, c.name);
+  }
+}
 
 TEST(AttentionCuda, SelectingEverythingEqualsDense) {
   for (const auto& [vertical, band] : {std::pair{0.0, 1.0}, std::pair{1.0, 1.0}}) {
@@ -290,6 +337,35 @@ TEST(AttentionCuda, IsCapturedIntoAGraph) {
   cudaGraphExecDestroy(executable);
   cudaGraphDestroy(graph);
   cudaStreamDestroy(stream);
+}
+
+// Persistent kernels draw their work from counters: launches on several streams must not share one.
+TEST(AttentionCuda, LaunchesOnSeveralStreamsDoNotMix) {
+  constexpr int kStreams = 4;
+  std::vector<std::unique_ptr<Problem>> problems;
+  std::vector<std::vector<char>> expected;
+  cudaStream_t streams[kStreams];
+  for (int i = 0; i < kStreams; ++i) {
+    VSP_ASSERT_CUDA(cudaStreamCreateWithFlags(&streams[i], cudaStreamNonBlocking));
+    problems.push_back(std::make_unique<Problem>(Case{"", 32, 8, 128, 700, 900 + i, 0.1, 0.2},
+                                                 DType::kBF16, 20 + i));
+    Problem& p = *problems.back();
+    ASSERT_EQ(AttentionCuda(p.shape, &p.device, 1, nullptr), KernelStatus::kOk);
+    ASSERT_TRUE(testing::Synchronize());
+    expected.push_back(p.out_device.Download<char>());
+    ASSERT_EQ(cudaMemset(p.out_device.data(), 0xff, expected.back().size()), cudaSuccess);
+  }
+  for (int repeat = 0; repeat < 8; ++repeat) {
+    for (int i = 0; i < kStreams; ++i) {
+      Problem& p = *problems[i];
+      ASSERT_EQ(AttentionCuda(p.shape, &p.device, 1, streams[i]), KernelStatus::kOk);
+    }
+  }
+  ASSERT_TRUE(testing::Synchronize());
+  for (int i = 0; i < kStreams; ++i) {
+    EXPECT_EQ(problems[i]->out_device.Download<char>(), expected[i]) << "stream " << i;
+    cudaStreamDestroy(streams[i]);
+  }
 }
 
 TEST(AttentionCuda, RefusesWhatItCannotDo) {
