@@ -889,10 +889,11 @@ KernelStatus Launch(const AttentionBatchSm90& batch, cudaStream_t stream) {
 }  // namespace sm90
 
 bool DeviceIsSm90() {
-  int device, major;
+  int device, major, minor;
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major == 9;
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+         major == 9 && minor == 0;  // sm_90a code runs nowhere else
 }
 
 KernelStatus LaunchAttentionSm90(const AttentionBatch& base, int num_items, int head_dim,
