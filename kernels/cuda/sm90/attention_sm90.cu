@@ -295,7 +295,8 @@ class Planner {
     return half == 0 ? kMasked0 : kMasked1;
   }
 
-  /// Publishes the plan of this tile; the slots of it and of the next tile are free then.
+  /// Publishes the plan of this tile, and waits until the places of the next two are free: columns
+  /// that a tile cannot hold are written to the one behind it.
   __device__ __forceinline__ void Publish(int flags, int near, int far) {
     const Slot<kPlans> slot(tile_);
     if (lane_ == 0) {
