@@ -3,7 +3,7 @@
 //
 // Implementations: kernels/ref (naive, float64, the oracle), kernels/cpu (threaded, vectorised,
 // chosen at run time: AVX2, AVX-512, AVX-512 bf16), kernels/cuda (tensor cores, sm_80+; chosen at
-// run time on compute capability 9.x, bf16, head_dim 64 or 128: kernels/cuda/sm90). All agree
+// run time on compute capability 9.0, bf16, head_dim 64 or 128: kernels/cuda/sm90). All agree
 // within the tolerance table of docs/numerics.md for the same index.
 #pragma once
 

@@ -11,7 +11,7 @@ namespace vsprefill::kernels::cuda {
 /// multiples of 8 elements.
 KernelStatus LaunchAttentionBf16(const AttentionBatch& batch, int num_items, int head_dim,
                                  cudaStream_t stream);
-/// The same on Hopper's own instructions (compute capability 9.x, see DeviceIsSm90): head_dim 64 or
+/// The same on Hopper's own instructions (compute capability 9.0, see DeviceIsSm90): head_dim 64 or
 /// 128, else, or where the copy engine cannot address K and V, kUnsupportedShape.
 KernelStatus LaunchAttentionSm90(const AttentionBatch& batch, int num_items, int head_dim,
                                  cudaStream_t stream);

@@ -295,7 +295,8 @@ class Planner {
     return half == 0 ? kMasked0 : kMasked1;
   }
 
-  /// Publishes the plan of this tile; the slots of it and of the next tile are free then.
+  /// Publishes the plan of this tile, and waits until the places of the next two are free: columns
+  /// that a tile cannot hold are written to the one behind it.
   __device__ __forceinline__ void Publish(int flags, int near, int far) {
     const Slot<kPlans> slot(tile_);
     if (lane_ == 0) {
@@ -889,10 +890,11 @@ KernelStatus Launch(const AttentionBatchSm90& batch, cudaStream_t stream) {
 }  // namespace sm90
 
 bool DeviceIsSm90() {
-  int device, major;
+  int device, major, minor;
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major == 9;
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+         major == 9 && minor == 0;  // sm_90a code runs nowhere else
 }
 
 KernelStatus LaunchAttentionSm90(const AttentionBatch& base, int num_items, int head_dim,
