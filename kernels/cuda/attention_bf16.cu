@@ -197,10 +197,10 @@ __global__ void __launch_bounds__(kTileThreads, 2)
         m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
         m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
         // A row that has seen no column yet: any finite reference keeps exp2 at zero, not NaN.
-        const float reference = m == -INFINITY ? 0.0f : m * scale_log2;
-        // Exactly 1 where nothing changed: the warp corrects all its rows if one of them changed.
-        correction[mt][half] =
-            m == row_max[mt][half] ? 1.0f : Exp2(row_max[mt][half] * scale_log2 - reference);
+        const float reference = m == -INFINITY ? 0.0f : __fmul_rn(m, scale_log2);
+        // Both products rounded: exactly 1 where nothing changed (the warp corrects all its rows if
+        // one of them changed), and 0 for a row that has seen nothing, whose sums are 0.
+        correction[mt][half] = Exp2(__fmul_rn(row_max[mt][half], scale_log2) - reference);
         changed |= m != row_max[mt][half];
         row_max[mt][half] = m;
         float sum = 0.0f;
