@@ -96,7 +96,7 @@ KernelStatus LaunchBf16(Bf16Kernel kernel, const AttentionBatch& batch, int num_
   return cuda::LaunchAttentionBf16(batch, num_items, head_dim, stream);
 }
 
-/// One launch: sequences whose indexes are for equally many groups.
+/// One launch: sequences whose indexes are of one kind and for equally many groups.
 KernelStatus Launch(Bf16Kernel kernel, const AttentionShape& shape, int num_groups,
                     const AttentionSequence** order, int count, Stream stream) {
   AttentionBatch batch = {};
@@ -133,19 +133,28 @@ KernelStatus cuda::AttentionWith(Bf16Kernel kernel, const AttentionShape& shape,
   for (int i = 0; i < num_sequences; ++i) {
     if (!Supported(shape, sequences[i])) return KernelStatus::kUnsupportedShape;
   }
-  for (const int num_groups : {shape.num_kv_heads, shape.num_q_heads}) {
-    std::array<const AttentionSequence*, cuda::kSequencesPerLaunch> order;
-    for (int next = 0; next < num_sequences;) {
-      int count = 0;
-      for (; next < num_sequences && count < cuda::kSequencesPerLaunch; ++next) {
-        const AttentionSequence& s = sequences[next];
-        if (s.q_tokens > 0 && IndexGroups(shape, s) == num_groups) order[count++] = &s;
+  // Sequences that need different kernels never share a launch, so that no sequence's bits depend
+  // on its neighbours.
+  const bool per_kv_head_only = shape.num_kv_heads == shape.num_q_heads;
+  for (const bool per_query_head : {false, true}) {
+    if (per_query_head && per_kv_head_only) break;
+    const int num_groups = per_query_head ? shape.num_q_heads : shape.num_kv_heads;
+    for (const bool tiles : {false, true}) {
+      std::array<const AttentionSequence*, cuda::kSequencesPerLaunch> order;
+      for (int next = 0; next < num_sequences;) {
+        int count = 0;
+        for (; next < num_sequences && count < cuda::kSequencesPerLaunch; ++next) {
+          const AttentionSequence& s = sequences[next];
+          if (s.q_tokens > 0 && IndexGroups(shape, s) == num_groups &&
+              (s.tiles != nullptr) == tiles) {
+            order[count++] = &s;
+          }
+        }
+        if (count == 0) continue;
+        const KernelStatus status = Launch(kernel, shape, num_groups, order.data(), count, stream);
+        if (status != KernelStatus::kOk) return status;
       }
-      if (count == 0) continue;
-      const KernelStatus status = Launch(kernel, shape, num_groups, order.data(), count, stream);
-      if (status != KernelStatus::kOk) return status;
     }
-    if (shape.num_kv_heads == shape.num_q_heads) break;
   }
   return KernelStatus::kOk;
 }
