@@ -36,15 +36,20 @@ std::vector<uint64_t> Scores(const QuerySelectionInput& in, const FlashParams& p
     const int64_t row = std::max(rows.begin, selection::FirstScoringRow(params, block));
     return static_cast<int>(row - rows.begin) * g;
   };
-  float max = -std::numeric_limits<float>::infinity();
+  constexpr float kHidden = -std::numeric_limits<float>::infinity();
+  float max = kHidden;
   for (int64_t b = 0; b < scored; ++b) {
-    for (int i = first_lane(b); i < live; ++i) max = std::max(max, logits[b * lanes + i]);
+    float* const row = logits.data() + b * lanes;
+    const int first = first_lane(b);
+    std::fill(row, row + first, kHidden);
+    std::fill(row + live, row + lanes, kHidden);  // weights are of logits up to the maximum
+    for (int i = first; i < live; ++i) max = std::max(max, row[i]);
   }
   const std::vector<float> reference(lanes, max);
   std::vector<uint64_t> weights(lanes), scores(scored, 0);
   for (int64_t b = 0; b < scored; ++b) {
     cpu::LaneWeights(logits.data() + b * lanes, reference.data(), lanes, weights.data());
-    for (int i = first_lane(b); i < live; ++i) scores[b] += weights[i];
+    for (int i = 0; i < live; ++i) scores[b] += weights[i];
   }
   return scores;
 }

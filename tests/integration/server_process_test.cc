@@ -11,6 +11,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "server/attention/attention_method.h"
 #include "tests/support/subprocess.h"
 #include "tests/support/test_service.h"
 
@@ -147,7 +148,10 @@ TEST(ServerProcessTest, ServesHealthReflectionMetricsAndPrefill) {
   EXPECT_EQ(info.default_method(), "dense");
   EXPECT_EQ(info.compute_dtype(), "bfloat16");
   EXPECT_EQ(info.layout().dtype(), v1::KV_DTYPE_BFLOAT16);
-  ASSERT_EQ(info.methods_size(), 1);  // no indexer: only what can run is listed
+  // No indexer: only what can run is listed.
+  EXPECT_EQ(info.methods(0).name(), "dense");
+  EXPECT_EQ(info.methods_size(), static_cast<int>(attention::MethodSpecs().size()) - 1);
+  for (const v1::MethodInfo& method : info.methods()) EXPECT_NE(method.name(), "vsprefill");
   EXPECT_GT(info.vocab_size(), 0u);
 
   v1::PrefillRequest request = MakeRequest("r", Ids(50));
