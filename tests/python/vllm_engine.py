@@ -62,7 +62,9 @@ class Engine:
         self._process = subprocess.Popen(
             command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT,
             env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-                 "PYTHONPATH": str(ROOT / "client/python"), **(environment or {})})
+                 "PYTHONPATH": str(ROOT / "client/python"),
+                 # Three processes import vLLM and torch at each start: half a minute without compiled files.
+                 "PYTHONDONTWRITEBYTECODE": "", **(environment or {})})
         try:
             self._await_ready()
         except BaseException:
