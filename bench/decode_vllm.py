@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """vLLM alone against vLLM with remote prefill, on two cores: what a prompt waits for, and what others notice of it.
 
-  bench/decode_vllm.py [--placement shared,split] [--lengths 1024,2048,4096,8000] [--repeats 3] [--json FILE]
+  bench/decode_vllm.py [--placement shared,split] [--lengths 1024,2048,4096,8000] [--repeats 3] [--vllm_nice 5]
+                       [--json FILE]
   bench/decode_vllm.py --handover [--repeats 10] [--json FILE]
 
 Needs .venv-vllm (deploy/local/setup_vllm.sh) and the built programs. bf16, SmolLM2-135M-Instruct.
@@ -114,15 +115,15 @@ def text_ids(length):
     return (ids * (length // len(ids) + 1))[:length]
 
 
-def run_placement(placement, lengths, repeats):
+def run_placement(placement, lengths, repeats, nice):
     engine_cores, server_cores = CORES[placement]
     threads = str(len(server_cores.split(",")))
     rows = []
     with start_server(MODEL, "--dtype", "bf16", "--method", "dense", "--cpu_threads", threads,
                       cores=server_cores) as server:
         with Engine({"endpoints": [server.address], "deadline_seconds": 600}, dtype="bfloat16", policy="recompute",
-                    cores=engine_cores, environment={"VLLM_CPU_OMP_THREADS_BIND": engine_cores.replace(",", "-")}
-                    ) as engine:
+                    cores=engine_cores, nice=nice,
+                    environment={"VLLM_CPU_OMP_THREADS_BIND": engine_cores.replace(",", "-")}) as engine:
             for way in WAYS:  # warm up
                 measure(engine, text_ids(1024), way)
             for length in lengths:
@@ -186,6 +187,7 @@ def main():
     parser.add_argument("--placement", default="shared,split")
     parser.add_argument("--lengths", default="1024,2048,4096,8000")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--vllm_nice", type=int, default=5, help="of vLLM, as the guide advises; the server's is 0")
     parser.add_argument("--handover", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -193,7 +195,8 @@ def main():
         rows = run_handover(args.repeats)
     else:
         rows = [row for placement in args.placement.split(",")
-                for row in run_placement(placement, [int(n) for n in args.lengths.split(",")], args.repeats)]
+                for row in run_placement(placement, [int(n) for n in args.lengths.split(",")], args.repeats,
+                                         args.vllm_nice)]
     if args.json:
         args.json.write_text(json.dumps({**machine(), "rows": rows}, indent=1) + "\n")
 

@@ -42,15 +42,15 @@ class HttpError(Exception):
 class Engine:
     """Running from construction until stop(). extra: kv_connector_extra_config; None starts it without connector.
 
-    cores: those that its processes may use, "0" or "0,1"; None: all.
+    cores: those that its processes may use, "0" or "0,1"; None: all. nice: its processes spin while requests wait for
+    KV, so on two cores the prefill server must come first.
     """
 
     def __init__(self, extra, *arguments, dtype="float32", policy="fail", max_model_len=8192, environment=None,
-                 cores=None):
+                 cores=None, nice=5):
         require()
         self.port = free_port()
-        # Its processes spin while requests wait for KV: on two cores the prefill server must come first.
-        command = [*pinned_to(cores), "nice", "-n", "5", str(PYTHON), "-m", "vllm.entrypoints.openai.api_server",
+        command = [*pinned_to(cores), "nice", "-n", str(nice), str(PYTHON), "-m", "vllm.entrypoints.openai.api_server",
                    "--model", str(MODEL), "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port),
                    "--dtype", dtype, "--max-model-len", str(max_model_len), "--enforce-eager",
                    "--enable-prompt-tokens-details", *arguments]
