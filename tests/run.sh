@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Set-up if missing, build, all tests (CTest and pytest), one closing line `N passed, N failed, N skipped`.
 #
-#   tests/run.sh [--filter REGEX] [--quick] [--no-build] [--jobs N]
+#   tests/run.sh [--filter REGEX] [--quick] [--half-vllm] [--no-build] [--jobs N]
 #
 #   --filter REGEX  only CTest programs whose name matches, and pytest tests whose name contains it
 #   --quick         without the long tests (CTest label "long", pytest mark "long")
+#   --half-vllm     of the tests that start vLLM only the faster half (without pytest mark "vllm_rest")
 #   --no-build      take build/ and .venv as they are
 #   --jobs N        CTest programs at once (default 1: most of them use all cores themselves)
 #
@@ -14,6 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 filter=
 quick=0
+half_vllm=0
 build=1
 jobs=1
 while [ $# -gt 0 ]; do
@@ -21,8 +23,9 @@ while [ $# -gt 0 ]; do
     --filter) filter=${2:?--filter needs a value}; shift ;;
     --jobs) jobs=${2:?--jobs needs a value}; shift ;;
     --quick) quick=1 ;;
+    --half-vllm) half_vllm=1 ;;
     --no-build) build=0 ;;
-    -h | --help) sed -n '2,11p' "${BASH_SOURCE[0]}" | cut -c3-; exit 0 ;;
+    -h | --help) sed -n '2,12p' "${BASH_SOURCE[0]}" | cut -c3-; exit 0 ;;
     *) echo "run: unknown option $1 (see --help)" >&2; exit 2 ;;
   esac
   shift
@@ -57,10 +60,13 @@ if [ -n "$filter" ]; then
   ctest_arguments+=(-R "$filter")
   pytest_arguments+=(-k "$filter")
 fi
+marks=
 if [ $quick = 1 ]; then
   ctest_arguments+=(-LE long)
-  pytest_arguments+=(-m "not long")
+  marks="not long"
 fi
+if [ $half_vllm = 1 ]; then marks="${marks:+$marks and }not vllm_rest"; fi
+if [ -n "$marks" ]; then pytest_arguments+=(-m "$marks"); fi
 
 ctest_rc=0
 ctest "${ctest_arguments[@]}" || ctest_rc=$?

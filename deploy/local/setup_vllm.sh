@@ -57,9 +57,16 @@ for file in "$model"/*; do
   if [ "$(basename "$file")" != indexer.safetensors ]; then ln -s "$(realpath "$file")" "$links/"; fi
 done
 
+# Three processes import all of this at each start of vLLM, so the compiled files are kept whatever the environment says.
 step "check"
-.venv-vllm/bin/python - <<'PY'
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+# torch's remarks on a missing triton and GPU are shown only where the check fails.
+PYTHONDONTWRITEBYTECODE='' .venv-vllm/bin/python - 2>"$log" <<'PY' || { cat "$log" >&2; exit 1; }
 import vllm
+import vllm.entrypoints.openai.api_server
+import vllm.v1.engine.core
+import vllm.v1.worker.cpu_worker
 from vsprefill.vllm_connector import VSPrefillConnector
 
 missing = VSPrefillConnector.__abstractmethods__

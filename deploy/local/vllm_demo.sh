@@ -80,7 +80,7 @@ VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 \
     \"kv_connector_module_path\": \"vsprefill.vllm_connector\", \"kv_load_failure_policy\": \"recompute\",
     \"kv_connector_extra_config\": {\"endpoints\": [\"$prefill\"]}}" >"$work/vllm.log" 2>&1 &
 pids+=($!)
-echo "vllm_demo: vsprefill-server at $prefill (process ${pids[0]}), vLLM starts at 127.0.0.1:$port (process ${pids[1]})"
+echo "vllm_demo: vsprefill-server at $prefill (process ${pids[0]}), vLLM starts at 127.0.0.1:$port (process ${pids[1]}), which takes a while"
 await "${pids[1]}" 300 curl -sf "http://127.0.0.1:$port/health" -o "$work/health"
 
 .venv-vllm/bin/python - "$method" >"$work/request.json" <<'PY'
@@ -106,13 +106,20 @@ answer = json.load(open(sys.argv[1], encoding="utf-8"))
 outcome = answer["kv_transfer_params"]["vsprefill"]
 print(f"question: {open('deploy/local/prompts/question.txt', encoding='utf-8').read().strip()}")
 print(f"answer:   {answer['choices'][0]['message']['content'].strip()}")
-print(f"KV from:  {json.dumps(outcome)}")
-sys.exit(outcome["source"] != "remote")
+if outcome["source"] != "remote":
+    sys.exit(f"error: the prompt was computed by vLLM: {outcome['reason']}")
+print("KV:       {tokens} tokens, {megabytes:.0f} MB from {endpoint} by {method} at density {density:.2f} in {seconds:.1f} s, "
+      "of which the server's {server_seconds:.1f} s".format(megabytes=outcome["bytes"] / 1e6, **outcome))
 PY
 # vLLM reports a step's counts a moment after its answer.
 loaded() { curl -s "http://127.0.0.1:$port/metrics" | grep -q '^vllm:vsprefill_loads_total{.*outcome="loaded"'; }
 await "${pids[1]}" 20 loaded
-echo "metrics of vLLM:"
-curl -s "http://127.0.0.1:$port/metrics" | grep -E '^vllm:(vsprefill_[a-z_]*(_total|_sum|_count)|prompt_tokens_by_source_total)' | sed 's/^/  /'
-echo "metrics of vsprefill-server:"
-curl -s "http://$metrics/metrics" | grep -E '^vsprefill_(prompt_tokens_total|kv_bytes_sent_total|time_to_first_token_seconds_(sum|count)|request_success_total|attention_density_ratio_(sum|count))' | sed 's/^/  /'
+# Series that have counted something, without the labels that are the same for all.
+show() {
+  curl -s "$1" | grep -E "^($2)" | grep -v ' 0\(\.0\)\?$' |
+    sed -E 's/(engine|model_name)="[^"]*",?//g; s/,\}/}/; s/\{\}//; s/^/  /'
+}
+echo "metrics of vLLM (http://127.0.0.1:$port/metrics):"
+show "http://127.0.0.1:$port/metrics" 'vllm:(vsprefill_[a-z_]*(_total|_sum|_count)|prompt_tokens_by_source_total)'
+echo "metrics of vsprefill-server (http://$metrics/metrics):"
+show "http://$metrics/metrics" 'vsprefill_(prompt_tokens_total|kv_bytes_sent_total|time_to_first_token_seconds_(sum|count)|request_success_total|attention_density_ratio_(sum|count))'

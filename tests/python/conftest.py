@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes more than ten seconds; tests/run.sh --quick leaves it out")
     config.addinivalue_line("markers", "vllm: starts vLLM from .venv-vllm (deploy/local/setup_vllm.sh)")
+    config.addinivalue_line("markers", "vllm_rest: of those what tests/run.sh --half-vllm, and so .ci/run, leaves out")
 
 
 @pytest.fixture(scope="session")

@@ -74,10 +74,15 @@ class Program:
         self.stop()
 
 
-def start_server(model_dir, *arguments):
+def pinned_to(cores):
+    """What stands before a command to keep it on these cores ("0" or "0,1"); None: anywhere."""
+    return [] if cores is None else ["taskset", "--cpu-list", cores]
+
+
+def start_server(model_dir, *arguments, program="vsprefill-server", cores=None):
     """A vsprefill-server on loopback; `address` and `metrics` are where it listens."""
     listen = () if "--listen" in arguments else ("--listen", "127.0.0.1:0")
-    server = Program(binary("vsprefill-server"), "--model", str(model_dir), *listen,
+    server = Program(*pinned_to(cores), binary(program), "--model", str(model_dir), *listen,
                      "--metrics_listen", "127.0.0.1:0", "--device", "cpu", *arguments)
     try:
         server.address = server.line("listening on ")

@@ -1,11 +1,15 @@
 """Loads in threads against a fake server, and the worker half on top: each load ends once, whatever happens."""
 
+import os
+import subprocess
+import sys
 import time
 
 import grpc
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from fake_server import HEAD_DIM, HEADS, LAYERS, FakeServer, make_kv
 from test_connector_cache import fake_op as shaped_op
 from vsprefill.connector.config import ConnectorConfig
@@ -224,6 +228,28 @@ def test_many_loads_at_once():
         data = engine.worker.take_stats()
         assert data["outcomes"] == {"loaded": 12} and len(data["loads"]) == 12
         assert data["tries"] == {f"{server.address} OK": 12}
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: nothing to be pinned to")
+@pytest.mark.parametrize("unpin", [True, False])
+def test_threads_leave_the_core_of_a_pinned_worker_only_for_its_parents(unpin):
+    """The worker's main thread is pinned, as vLLM does; its parent is not."""
+    code = f"""
+import os, time
+from vsprefill.connector.loads import Loader
+wanted = len(os.sched_getaffinity(0)) if {unpin} else 1
+os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+loader = Loader(None, block_size=16, max_loads=1, max_attempts=1, stripes=1, unpin={unpin})
+cores, until = [], time.monotonic() + 10
+while len(cores) != wanted and time.monotonic() < until:  # the thread may not have got so far
+    cores = sorted(os.sched_getaffinity(loader._threads[0].native_id))
+print(cores)
+loader.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(ROOT / "client/python")})
+    mine = sorted(os.sched_getaffinity(0))
+    assert done.stdout.strip() == str(mine if unpin else mine[:1]), done.stderr
 
 
 def test_a_bug_ends_the_load_too(monkeypatch):

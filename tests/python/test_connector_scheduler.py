@@ -1,6 +1,7 @@
 """The deciding half, with requests like vLLM's and a pool that does what the test says."""
 
 import hashlib
+import time
 
 import pytest
 from vsprefill.connector.config import ConnectorConfig
@@ -210,8 +211,10 @@ def test_a_request_that_ends_before_its_load_was_sent(half):
 def test_callers_who_asked_hear_what_came_of_it(half):
     request = Request(params={"vsprefill": {}})
     begin(half, request)
-    half.ended([loaded(seconds=0.25)])
-    assert half.finished(request)["vsprefill"] == {
+    half.ended([loaded(seconds=0.25, last_chunk_at=time.monotonic() - 1.5)])
+    told = half.finished(request)["vsprefill"]
+    assert 1.5 <= told.pop("handover_seconds") < 5
+    assert told == {
         "source": "remote", "endpoint": "a:1", "method": "dense", "start_token": 0, "tokens": 100, "bytes": 64,
         "seconds": 0.25, "server_seconds": 0.0, "density": 1.0, "salted": False}
     request = Request(params={"vsprefill": {}})
@@ -223,6 +226,7 @@ def test_callers_who_asked_hear_what_came_of_it(half):
         begin(half, request)
         half.ended([loaded()])
         assert half.finished(request) is None
+    assert len(half.take_stats()["handovers"]) == 3  # of those that were loaded
 
 
 def test_unknown_requests_are_ignored(half):

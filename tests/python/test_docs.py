@@ -41,7 +41,7 @@ def test_vllm_guide_names_every_metric():
     source = (ROOT / "client/python/vsprefill/vllm_metrics.py").read_text()
     text = (ROOT / "docs/decode_with_vllm.md").read_text()
     names = re.findall(r'(histogram|counter)\(\s*"(\w+)"', source)
-    assert len(names) == 7
+    assert len(names) == 8
     for kind, name in names:
         assert f"`vllm:vsprefill_{name}{'_total' if kind == 'counter' else ''}`" in text
 

@@ -6,7 +6,7 @@ import vllm_engine
 from servers import start_server
 from vllm_engine import Engine, outcome, tokens
 
-pytestmark = [pytest.mark.vllm, pytest.mark.long]
+pytestmark = [pytest.mark.vllm, pytest.mark.vllm_rest, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

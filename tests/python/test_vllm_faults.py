@@ -104,7 +104,7 @@ def good(model_dir):
         yield running
 
 
-@pytest.fixture(scope="module", params=["recompute", "fail"])
+@pytest.fixture(scope="module", params=["recompute", pytest.param("fail", marks=pytest.mark.vllm_rest)])
 def module_setup(request, good):
     with fault_proxy.FaultProxy(good.address) as proxy, fault_proxy.FaultProxy(good.address) as wrong:
         with vsprefill.PrefillClient(good.address) as client:
@@ -267,6 +267,7 @@ def test_a_client_that_goes_away_while_its_prompt_loads(setup, short, stream):
     setup.expect_right(short)
 
 
+@pytest.mark.vllm_rest
 def test_others_go_on_while_one_load_stands_still(setup, expected, short):
     setup.proxy.stall_after = 3
     join = in_background(lambda: setup.expect_failure(short, "DEADLINE_EXCEEDED", endpoint=setup.proxy.address,

@@ -33,7 +33,7 @@ def engine(server):
         assert running.alive()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES[:-1], pytest.param(NAMES[-1], marks=pytest.mark.vllm_rest)])
 def test_tokens_equal_vllms_own(engine, expected, name):
     prompt = expected[name]
     local = engine.complete(prompt["ids"], vsprefill=LOCAL)
@@ -110,7 +110,8 @@ def test_sparse_kv_never_serves_a_request_without_its_salt(engine, expected):
         assert tokens(again) == tokens(sparse)
 
 
-@pytest.mark.parametrize("length", needles.LENGTHS)
+@pytest.mark.parametrize("length", [*needles.LENGTHS[:2], *(pytest.param(n, marks=pytest.mark.vllm_rest)
+                                                            for n in needles.LENGTHS[2:])])
 def test_needles_are_found_as_dense_finds_them(engine, model_dir, length):
     ids, number, tokenizer = needles.make(model_dir, length)
     assert length - 200 < len(ids) <= length

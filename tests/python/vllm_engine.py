@@ -14,6 +14,7 @@ import uuid
 
 import pytest
 from conftest import ROOT
+from servers import pinned_to
 
 PYTHON = ROOT / ".venv-vllm/bin/python"
 MODEL = ROOT / "models/vllm/SmolLM2-135M-Instruct"
@@ -39,16 +40,20 @@ class HttpError(Exception):
 
 
 class Engine:
-    """Running from construction until stop(). extra: kv_connector_extra_config; None starts it without connector."""
+    """Running from construction until stop(). extra: kv_connector_extra_config; None starts it without connector.
 
-    def __init__(self, extra, *arguments, dtype="float32", policy="fail", max_model_len=8192, environment=None):
+    cores: those that its processes may use, "0" or "0,1"; None: all. nice: its processes spin while requests wait for
+    KV, so on two cores the prefill server must come first.
+    """
+
+    def __init__(self, extra, *arguments, dtype="float32", policy="fail", max_model_len=8192, environment=None,
+                 cores=None, nice=5):
         require()
         self.port = free_port()
-        # Its processes spin while requests wait for KV: on two cores the prefill server must come first.
-        command = ["nice", "-n", "5", str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL),
-                   "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port), "--dtype", dtype,
-                   "--max-model-len", str(max_model_len), "--enforce-eager", "--enable-prompt-tokens-details",
-                   *arguments]
+        command = [*pinned_to(cores), "nice", "-n", str(nice), str(PYTHON), "-m", "vllm.entrypoints.openai.api_server",
+                   "--model", str(MODEL), "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port),
+                   "--dtype", dtype, "--max-model-len", str(max_model_len), "--enforce-eager",
+                   "--enable-prompt-tokens-details", *arguments]
         if extra is not None:
             command += ["--kv-transfer-config", json.dumps({
                 "kv_connector": "VSPrefillConnector", "kv_connector_module_path": "vsprefill.vllm_connector",
@@ -57,7 +62,9 @@ class Engine:
         self._process = subprocess.Popen(
             command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT,
             env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-                 "PYTHONPATH": str(ROOT / "client/python"), **(environment or {})})
+                 "PYTHONPATH": str(ROOT / "client/python"),
+                 # Three processes import vLLM and torch at each start: half a minute without compiled files.
+                 "PYTHONDONTWRITEBYTECODE": "", **(environment or {})})
         try:
             self._await_ready()
         except BaseException:
@@ -134,9 +141,9 @@ class Engine:
         except urllib.error.HTTPError as error:
             raise HttpError(error.code, error.read().decode()) from None
 
-    def begin(self, ids, **options):
+    def begin(self, ids, *, timeout=60, **options):
         """Sends a completion and returns the open connection: close() is a client that goes away."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         connection.request("POST", "/v1/completions", json.dumps(self.body(ids, **options)),
                            {"Content-Type": "application/json"})
         return connection

@@ -166,6 +166,7 @@ def test_stats_reach_prometheus():
     more = VSPrefillStats()
     stats.record(more.data, LoadResult("r", "failed", 100, 0.5))
     stats.count(more.data, "local", "short")
+    more.data["handovers"].append(0.03)
     assert not collected.is_empty() and VSPrefillStats().is_empty()
     both = collected.aggregate(more)
     rebuilt = vllm_connector.VSPrefillConnector.build_kv_connector_stats(both.to_dict())
@@ -174,6 +175,7 @@ def test_stats_reach_prometheus():
     text = generate_latest(registry).decode()
     for line in ('vllm:vsprefill_load_seconds_sum{engine="0",model_name="m"} 0.5',
                  'vllm:vsprefill_server_seconds_sum{engine="0",model_name="m"} 0.25',
+                 'vllm:vsprefill_handover_seconds_sum{engine="0",model_name="m"} 0.03',
                  'vllm:vsprefill_load_bytes_sum{engine="0",model_name="m"} 2000.0',
                  'vllm:vsprefill_loaded_tokens_total{engine="0",model_name="m"} 100.0',
                  'vllm:vsprefill_loads_total{engine="0",model_name="m",outcome="loaded"} 1.0',

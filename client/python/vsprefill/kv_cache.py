@@ -110,9 +110,10 @@ class ArrayDestination:
 
     def __init__(self, layout: KvLayout) -> None:
         self._start = layout.start_token
-        shape = (layout.num_kv_heads, layout.tokens, layout.head_dim)
-        self.keys = [np.empty(shape, layout.storage) for _ in range(layout.num_layers)]
-        self.values = [np.empty(shape, layout.storage) for _ in range(layout.num_layers)]
+        # One block for all: numpy asks for huge pages then, and first touches of small ones cost as much as the copy.
+        shape = (layout.num_layers, 2, layout.num_kv_heads, layout.tokens, layout.head_dim)
+        block = np.empty(shape, layout.storage)
+        self.keys, self.values = list(block[:, 0]), list(block[:, 1])
 
     def write(self, layer: int, token_begin: int, keys: Array, values: Array) -> None:
         at = slice(token_begin - self._start, token_begin - self._start + keys.shape[1])

@@ -9,7 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 from .connector import stats
 
-_SECONDS = [.005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 20, 50, 100, 200]
+_SECONDS = [.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 20, 50, 100, 200]
 _BYTES = [float(4 ** i) for i in range(8, 18)]  # 64 KiB to 16 GiB
 
 
@@ -51,6 +51,8 @@ class VSPrefillPromMetrics(KVConnectorPromMetrics):
         self._load_seconds = histogram("load_seconds", "Load of a KV cache: from its start to its last byte.", _SECONDS)
         self._server_seconds = histogram(
             "server_seconds", "The prefill server's part of a load: in its queue and computing.", _SECONDS)
+        self._handover_seconds = histogram(
+            "handover_seconds", "From a load's last chunk until the scheduler can run its request.", _SECONDS)
         self._load_bytes = histogram("load_bytes", "KV bytes of a load.", _BYTES)
         self._loaded_tokens = counter("loaded_tokens", "Prompt tokens whose KV was loaded.")
         self._outcomes = counter("loads", "Loads by how they ended: loaded, failed, cancelled.", "outcome")
@@ -66,6 +68,8 @@ class VSPrefillPromMetrics(KVConnectorPromMetrics):
             self._server_seconds.labels(*labels).observe(server_seconds)
             self._load_bytes.labels(*labels).observe(size)
             self._loaded_tokens.labels(*labels).inc(tokens)
+        for seconds in transfer_stats_data["handovers"]:
+            self._handover_seconds.labels(*labels).observe(seconds)
         for outcome, count in transfer_stats_data["outcomes"].items():
             self._outcomes.labels(*labels, outcome).inc(count)
         for key, count in transfer_stats_data["tries"].items():

@@ -91,8 +91,8 @@ class ConnectorConfig:
     row that take an endpoint out, and for how long. kv_id: identity of the model where it cannot be computed from
     the model's files. layout: name of the cache's layout where its shape leaves a choice. tls: root_certificates,
     certificate_chain, private_key (paths), server_name. unpin_io: let I/O threads leave the core that the engine
-    pins its worker to. idle_wait_seconds: a step that computes nothing waits so long for a load to end; more
-    spares CPU, but a new request may wait as long.
+    pins its worker to, for all that the worker's parent process may use. idle_wait_seconds: a step that computes
+    nothing waits so long for a load to end; more spares CPU, but a new request may wait as long.
     """
 
     endpoints: tuple[str, ...]

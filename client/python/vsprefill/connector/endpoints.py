@@ -90,11 +90,12 @@ class EndpointPool:
             rates = [e.load.tokens_per_second for e in fit if e.load.tokens_per_second > 0]
             usual = sum(rates) / len(rates) if rates else 1.0  # of a server that has computed nothing yet
 
-            def seconds(e: _Endpoint) -> float:
-                # What we sent may be in its figures already, or not yet.
-                return max(e.load.waiting_tokens, e.own_tokens) / (e.load.tokens_per_second or usual)
+            def burden(e: _Endpoint) -> tuple[float, int]:
+                # What we sent may be in its figures already, or not yet. A running request's tokens are in none.
+                seconds = max(e.load.waiting_tokens, e.own_tokens) / (e.load.tokens_per_second or usual)
+                return seconds, e.load.requests_running
 
-            return [e.address for e in sorted(fit, key=seconds)]
+            return [e.address for e in sorted(fit, key=burden)]
 
     def why_none(self, prompt_tokens: int, options: RequestOptions) -> str:
         """One line for people: what is wrong with each endpoint."""

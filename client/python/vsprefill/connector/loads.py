@@ -59,7 +59,10 @@ class Try:
 
 @dataclass
 class LoadResult:
-    """How a load ended. outcome: "loaded", "failed" or "cancelled". seconds: from its start here to its end."""
+    """How a load ended. outcome: "loaded", "failed" or "cancelled". seconds: from its start here to its end.
+
+    last_chunk_at: when the last KV chunk came, by time.monotonic, which all processes of a machine share; 0 if none.
+    """
 
     request_id: str
     outcome: str
@@ -69,6 +72,7 @@ class LoadResult:
     method: str = ""
     density: float = 0.0
     server_seconds: float = 0.0  # in the queue and computing
+    last_chunk_at: float = 0.0
     reason: str = ""
     tries: list[Try] = field(default_factory=list)
     bad_blocks: list[int] = field(default_factory=list)
@@ -81,6 +85,7 @@ class _Load:
         self.cancelled = threading.Event()
         self._lock = threading.Lock()
         self._stream: PrefillStream | None = None
+        self.last_chunk_at = 0.0
 
     def cancel(self) -> None:
         with self._lock:
@@ -173,9 +178,10 @@ class Loader:
 
     def _work(self) -> None:
         if self._unpin:
-            # vLLM pins its worker to one core before threads start, and they inherit it.
+            # vLLM pins its worker to one core before threads start, and they inherit it. The process that started
+            # the worker is not pinned: what it may use is what taskset or a container left to the engine.
             try:
-                os.sched_setaffinity(0, range(os.cpu_count() or 1))
+                os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
             except (AttributeError, OSError) as error:
                 logger.debug("I/O thread keeps its CPU affinity: %s", error)
         while (load := self._waiting.get()) is not None:
@@ -234,6 +240,7 @@ class Loader:
         finally:
             for destination in made:
                 destination.synchronize()  # also after a failure: nothing may be written to blocks given back
+                load.last_chunk_at = destination.last_chunk_at
 
     def _client(self, endpoint: str) -> PrefillClient:
         with self._clients_lock:
@@ -249,6 +256,7 @@ class Loader:
         if result is not None:
             end.bytes, end.method, end.density = result.received_bytes, result.method, result.stats.density
             end.server_seconds = result.stats.queue_seconds + result.stats.compute_seconds
+            end.last_chunk_at = load.last_chunk_at
         elif outcome == "failed":
             last = -(-len(spec.token_ids) // self._block_size)
             end.bad_blocks = list(spec.block_ids[spec.start_token // self._block_size:last])

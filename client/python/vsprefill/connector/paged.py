@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections.abc import Sequence
 
@@ -41,7 +42,7 @@ class PagedDestination:
 
     writers: one per layer. block_ids: of the whole prompt; block_ids[i] holds tokens [i*block_size, (i+1)*block_size).
     The rest of the last block, which nobody has written, is set to zero: leftovers there may be NaN, and
-    attention multiplies what it masks.
+    attention multiplies what it masks. last_chunk_at: when the last chunk came (time.monotonic).
     """
 
     def __init__(self, layout: KvLayout, writers: Sequence[CacheWriter], block_ids: Sequence[int],
@@ -52,6 +53,7 @@ class PagedDestination:
         if len(block_ids) < needed:
             raise ValueError(f"{len(block_ids)} blocks of {block_size} tokens for {layout.prompt_tokens} tokens")
         self._writers = writers
+        self.last_chunk_at = time.monotonic()
         blocks = torch.tensor(list(block_ids[:needed]), dtype=torch.int64)
         self._slots = (blocks[:, None] * block_size + torch.arange(block_size)).flatten()
         self._zero_rest(layout, needed * block_size)
@@ -65,6 +67,7 @@ class PagedDestination:
             writer.write(zeros, zeros, self._slots[layout.prompt_tokens:end])
 
     def write(self, layer: int, token_begin: int, keys: Array, values: Array) -> None:
+        self.last_chunk_at = time.monotonic()
         for name, array in (("keys", keys), ("values", values)):
             require_finite(array, f"{name} of layer {layer}, tokens from {token_begin}")
         slots = self._slots[token_begin:token_begin + keys.shape[1]]

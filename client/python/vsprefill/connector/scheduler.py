@@ -6,6 +6,7 @@ Nothing here may raise because of what a caller sent: an exception would end the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -40,6 +41,7 @@ class _Plan:
     computed: int = 0  # tokens of a local prefix hit, when last asked
     spec: LoadSpec | None = None  # its load, once begun: there is one per request
     result: LoadResult | None = None
+    handover_seconds: float = 0.0  # from the load's last chunk until this half knew
     salted: bool = False
 
 
@@ -116,6 +118,9 @@ class SchedulerHalf:
             if plan is None or plan.spec is None:
                 continue
             plan.result = result
+            if result.outcome == "loaded":
+                plan.handover_seconds = time.monotonic() - result.last_chunk_at
+                self._stats["handovers"].append(plan.handover_seconds)
             self._pool.end(plan.spec.endpoints[0], len(plan.spec.token_ids))
             if not result.tries:
                 self._pool.record(plan.spec.endpoints[0], result.reason or "not tried", blame=False)
@@ -214,4 +219,5 @@ def _outcome(plan: _Plan) -> dict[str, Any]:
     return {"source": "remote", "endpoint": result.tries[-1].endpoint, "method": result.method,
             "start_token": plan.spec.start_token, "tokens": result.tokens, "bytes": result.bytes,
             "seconds": round(result.seconds, 6), "server_seconds": round(result.server_seconds, 6),
-            "density": round(result.density, 6), "salted": plan.salted}
+            "handover_seconds": round(plan.handover_seconds, 6), "density": round(result.density, 6),
+            "salted": plan.salted}

@@ -11,8 +11,9 @@ Data = dict[str, Any]
 
 def empty() -> Data:
     """loads: one [seconds, server_seconds, bytes, tokens] per loaded cache. tries: "endpoint code" -> count.
-    outcomes: of loads. local: why prompts were computed by the engine -> count."""
-    return {"loads": [], "tries": {}, "outcomes": {}, "local": {}}
+    outcomes: of loads. local: why prompts were computed by the engine -> count. handovers: seconds from a load's last
+    chunk until the scheduler knows, one per loaded cache."""
+    return {"loads": [], "tries": {}, "outcomes": {}, "local": {}, "handovers": []}
 
 
 def is_empty(data: Data) -> bool:
@@ -20,7 +21,8 @@ def is_empty(data: Data) -> bool:
 
 
 def add(data: Data, other: Data) -> None:
-    data["loads"].extend(other["loads"])
+    for name in ("loads", "handovers"):
+        data[name].extend(other[name])
     for name in ("tries", "outcomes", "local"):
         for key, count in other[name].items():
             data[name][key] = data[name].get(key, 0) + count
