@@ -23,7 +23,7 @@
 //                masked tiles, read by the gather and by the mask.
 //
 // Producer warps: 0 loads queries and bands (TMA); 1 plans: draws work items and walks their index,
-// some tiles ahead; 2 and 3 each gather one half of the tiles. Consumers overlap the softmax of one
+// some tiles ahead; 2 and 3 gather, each half of the rows. Consumers overlap the softmax of one
 // tile with the products S = Q K of the next, of the next item's first one too, and O += P V of the
 // one before.
 //
