@@ -174,10 +174,13 @@ def test_the_server_with_less_to_do_is_taken(servers, model_config, model_dir, p
 def test_loads_that_begin_together_are_shared_out(servers, model_config, model_dir):
     addresses = [s.address for s in servers]
     with Connector(model_config, model_dir, addresses) as connector:
-        connector.await_ranked(addresses)
-        numbers = [connector.begin(seed=i) for i in range(6)]
-        taken = [connector.end(number)[0]["endpoint"] for number in numbers]
-        assert sorted(taken) == sorted(addresses * 3)
+        # Both are at work, so that no load ends before the last begins.
+        with Busy(addresses[0], 1), Busy(addresses[1], 1):
+            connector.await_ranked(addresses)
+            numbers = [connector.begin(seed=i) for i in range(6)]
+            taken = [connector.end(number)[0]["endpoint"] for number in numbers]
+        # By the speeds that the servers report, which differ a little: three each, or four and two.
+        assert min(taken.count(address) for address in addresses) >= 2
 
 
 def test_a_server_that_answers_polls_and_breaks_streams_is_left_alone_for_a_while(servers, model_config, model_dir,
@@ -202,7 +205,7 @@ def test_a_server_that_answers_polls_and_breaks_streams_is_left_alone_for_a_whil
             proxy.fault = None
             connector.await_ranked([bad, good])
             assert connector.load()[1] == [bad]
-            assert connector.ranked() == [bad, good]
+            connector.await_ranked([bad, good])  # once a poll has seen that the load is over
         lines = [r.message for r in caplog.records if f"prefill server {bad} is" in r.message]
         kinds = ["fit for use", "out of use", "in use again"]
         assert [next((k for k in kinds if k in line), line) for line in lines] == kinds
