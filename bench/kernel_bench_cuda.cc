@@ -376,6 +376,21 @@ void BenchIndex(Bench& bench, const Model& m, int64_t n) {
   }
 }
 
+/// Milliseconds.
+double BenchCopy(Bench& bench, const std::string& name, int64_t bytes) {
+  Memory from(bytes), to(bytes);
+  from.FillBf16(1);
+  Figure& f = bench.Time(name, [&] {
+    return cudaMemcpyAsync(to.as<void>(), from.as<void>(), bytes, cudaMemcpyDeviceToDevice,
+                           static_cast<cudaStream_t>(bench.stream())) == cudaSuccess
+               ? KernelStatus::kOk
+               : KernelStatus::kDeviceError;
+  });
+  f.values = {{"GB/s", 2.0 * static_cast<double>(bytes) / (f.milliseconds * 1e-3) * 1e-9}};
+  Bench::Print(f);
+  return f.milliseconds;
+}
+
 void BenchLayerOps(Bench& bench, const Model& m, int64_t n) {
   const std::string where = std::string(m.name) + " n=" + std::to_string(n);
   const int64_t qkv_width = int64_t{m.q_heads + 2 * m.kv_heads} * m.head_dim;
@@ -385,11 +400,15 @@ void BenchLayerOps(Bench& bench, const Model& m, int64_t n) {
   for (Memory* memory : {&residual, &delta, &weight, &qkv, &gate_up}) memory->FillBf16(1);
   const std::vector<float> table(n * m.head_dim / 2, 0.6f);
   Memory cosines(table), sines(table);
+  // Beside each pass a copy that moves as many bytes: small tensors do not reach the bandwidth of
+  // large ones, whoever moves them.
   const auto report = [&](const std::string& name, double bytes,
                           const std::function<KernelStatus()>& launch) {
     if (!bench.Wanted(name)) return;
+    const double copy = BenchCopy(bench, "copy as for " + name, static_cast<int64_t>(bytes / 2));
     Figure& f = bench.Time(name, launch);
-    f.values = {{"GB/s", bytes / (f.milliseconds * 1e-3) * 1e-9}};
+    f.values = {{"GB/s", bytes / (f.milliseconds * 1e-3) * 1e-9},
+                {"of copy", copy / f.milliseconds}};
     Bench::Print(f);
   };
   RmsNormArgs norm;
@@ -428,13 +447,15 @@ void BenchSums(Bench& bench, const Model& m, int64_t n) {
   const std::string name = std::string("attention_sums ") + m.name + " n=" + std::to_string(n);
   if (!bench.Wanted(name)) return;
   const int64_t q_stride = int64_t{m.q_heads} * m.head_dim;
-  Memory q(2 * n * q_stride), k(2 * n * m.kv_heads * m.head_dim), lse(4 * n * m.q_heads),
-      columns(4 * n * m.kv_heads), diagonals(4 * n * m.kv_heads);
+  const AttentionShape shape = {m.q_heads, m.kv_heads, m.head_dim, DType::kBF16,
+                                1.0f / std::sqrt(static_cast<float>(m.head_dim))};
+  Memory q(2 * n * q_stride), k(2 * n * m.kv_heads * m.head_dim),
+      lse(4 * AttentionSumsScratch(shape, n)), columns(4 * n * m.kv_heads),
+      diagonals(4 * n * m.kv_heads);
   q.FillBf16(1);
   k.FillBf16(2);
   AttentionSumsArgs args;
-  args.shape = {m.q_heads, m.kv_heads, m.head_dim, DType::kBF16,
-                1.0f / std::sqrt(static_cast<float>(m.head_dim))};
+  args.shape = shape;
   args.sequence.q = q.as<void>();
   args.sequence.q_token_stride = q_stride;
   args.sequence.q_head_stride = m.head_dim;
@@ -446,7 +467,8 @@ void BenchSums(Bench& bench, const Model& m, int64_t n) {
   args.columns = columns.as<float>();
   args.diagonals = diagonals.as<float>();
   Figure& f = bench.Time(name, [&] { return AttentionSumsCuda(args, bench.stream()); });
-  const double scores = 3 * 2.0 * m.head_dim * m.q_heads * static_cast<double>(n) * (n + 1) / 2;
+  // Of the dense forward pass (two products), so that the two can be compared.
+  const double scores = 2 * 2.0 * m.head_dim * m.q_heads * static_cast<double>(n) * (n + 1) / 2;
   f.values = {{"tflops", scores / (f.milliseconds * 1e-3) * 1e-12}};
   Bench::Print(f);
 }
@@ -463,19 +485,7 @@ int Main() {
   std::printf("GPU: %s, %d multiprocessors, L2 %d MiB\n", properties.name,
               properties.multiProcessorCount, properties.l2CacheSize >> 20);
   Bench bench;
-  {
-    const int64_t bytes = int64_t{1} << 30;
-    Memory from(bytes), to(bytes);
-    from.FillBf16(1);
-    Figure& f = bench.Time("device copy 1 GiB", [&] {
-      return cudaMemcpyAsync(to.as<void>(), from.as<void>(), bytes, cudaMemcpyDeviceToDevice,
-                             static_cast<cudaStream_t>(bench.stream())) == cudaSuccess
-                 ? KernelStatus::kOk
-                 : KernelStatus::kDeviceError;
-    });
-    f.values = {{"GB/s", 2.0 * static_cast<double>(bytes) / (f.milliseconds * 1e-3) * 1e-9}};
-    Bench::Print(f);
-  }
+  BenchCopy(bench, "device copy 1 GiB", int64_t{1} << 30);
   const Model models[] = {
       {"SmolLM2-135M", 9, 3, 64, 576, 1536, 256, {1024, 2048, 4096, 8192, 32768}},
       {"Llama-3.1-8B", 32, 8, 128, 4096, 14336, 1024, {8192, 32768, 131072}},

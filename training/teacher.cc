@@ -21,8 +21,11 @@ class WatchingMethod : public attention::AttentionMethod {
  public:
   WatchingMethod(model::Transformer* model, Capture* capture) : model_(model), capture_(capture) {
     const model::ModelConfig& config = model->config();
-    lse_ = torch::empty({config.num_q_heads, capture->tokens},
-                        capture->columns.options().dtype(torch::kFloat32));
+    kernels::AttentionShape shape;
+    shape.num_q_heads = config.num_q_heads;
+    shape.num_kv_heads = config.num_kv_heads;
+    scratch_ = torch::empty({kernels::AttentionSumsScratch(shape, capture->tokens)},
+                            capture->columns.options().dtype(torch::kFloat32));
   }
 
   absl::string_view name() const override { return "distill-teacher"; }
@@ -38,7 +41,7 @@ class WatchingMethod : public attention::AttentionMethod {
     kernels::AttentionSumsArgs sums;
     sums.shape = call.shape;
     sums.sequence = sequence;
-    sums.lse = lse_.data_ptr<float>();
+    sums.lse = scratch_.data_ptr<float>();
     sums.columns = capture_->columns[call.layer].data_ptr<float>();
     sums.diagonals = capture_->diagonals[call.layer].data_ptr<float>();
     VSP_RETURN_IF_ERROR(
@@ -60,7 +63,7 @@ class WatchingMethod : public attention::AttentionMethod {
  private:
   model::Transformer* model_;
   Capture* capture_;
-  torch::Tensor lse_;
+  torch::Tensor scratch_;
   std::map<std::string, double> parameters_;
 };
 

@@ -7,6 +7,7 @@
 // operands on a zero, so their order does not matter). The result is the same in every run.
 #include <initializer_list>
 
+#include "kernels/cuda/attention_sums_kernels.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/score_tile.cuh"
 #include "kernels/distill.h"
@@ -406,6 +407,11 @@ KernelStatus LaunchBf16(const SumsParams& p, cudaStream_t stream) {
 }  // namespace
 
 KernelStatus AttentionSumsCuda(const AttentionSumsArgs& args, Stream stream) {
+  return cuda::AttentionSumsWith(cuda::Bf16Kernel::kFastest, args, stream);
+}
+
+KernelStatus cuda::AttentionSumsWith(Bf16Kernel kernel, const AttentionSumsArgs& args,
+                                     Stream stream) {
   const AttentionShape& shape = args.shape;
   const AttentionSequence& s = args.sequence;
   const int64_t elements = 16 / SizeOf(shape.dtype);
@@ -416,6 +422,10 @@ KernelStatus AttentionSumsCuda(const AttentionSumsArgs& args, Stream stream) {
     return KernelStatus::kUnsupportedShape;
   }
   if (s.kv_tokens == 0) return KernelStatus::kOk;
+  if (kernel == Bf16Kernel::kFastest && shape.dtype == DType::kBF16 && DeviceIsSm90()) {
+    const KernelStatus status = LaunchAttentionSumsSm90(args, AsCuda(stream));
+    if (status != KernelStatus::kUnsupportedShape) return status;
+  }
   SumsParams p = {};
   p.q = s.q;
   p.k = s.k;

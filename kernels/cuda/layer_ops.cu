@@ -12,14 +12,20 @@ constexpr int kNormThreads = 256;
 /// Vectors of a row that a thread keeps in registers; wider rows are read a second time.
 constexpr int kNormCached = 4;
 
-/// One block per token. The residual is rounded to its dtype before the norm sees it.
-template <typename T>
+/// kRowThreads threads per token: a warp, or the block. The residual is rounded to its dtype before
+/// the norm sees it.
+template <typename T, int kRowThreads>
 __global__ void __launch_bounds__(kNormThreads)
-    RmsNormKernel(T* residual, const T* delta, const T* weight, T* out, int64_t width, float eps) {
+    RmsNormKernel(T* residual, const T* delta, const T* weight, T* out, int64_t tokens,
+                  int64_t width, float eps) {
+  static_assert(kRowThreads == 32 || kRowThreads == kNormThreads);
   constexpr int kN = kVector<T>;
-  __shared__ float partial[kNormThreads / 32];
-  residual += blockIdx.x * width;
-  if (delta != nullptr) delta += blockIdx.x * width;
+  const int64_t token =
+      int64_t{blockIdx.x} * (kNormThreads / kRowThreads) + threadIdx.x / kRowThreads;
+  if (token >= tokens) return;  // whole warps
+  const int thread = threadIdx.x % kRowThreads;
+  residual += token * width;
+  if (delta != nullptr) delta += token * width;
   const int vectors = static_cast<int>(width / kN);
 
   float cached[kNormCached][kN];
@@ -38,27 +44,29 @@ __global__ void __launch_bounds__(kNormThreads)
   };
 #pragma unroll
   for (int c = 0; c < kNormCached; ++c) {
-    const int vector = threadIdx.x + c * kNormThreads;
+    const int vector = thread + c * kRowThreads;
     if (vector < vectors) accumulate(vector, cached[c]);
   }
-  for (int vector = threadIdx.x + kNormCached * kNormThreads; vector < vectors;
-       vector += kNormThreads) {
+  for (int vector = thread + kNormCached * kRowThreads; vector < vectors; vector += kRowThreads) {
     float x[kN];
     accumulate(vector, x);
   }
   if (out == nullptr) return;
-  out += blockIdx.x * width;
+  out += token * width;
 
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     squares += __shfl_xor_sync(0xffffffffu, squares, offset);
   }
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = squares;
-  __syncthreads();
-  float total = 0;
+  if constexpr (kRowThreads > 32) {
+    __shared__ float partial[kRowThreads / 32];
+    if (thread % 32 == 0) partial[thread / 32] = squares;
+    __syncthreads();
+    squares = 0;
 #pragma unroll
-  for (int i = 0; i < kNormThreads / 32; ++i) total += partial[i];
-  const float inverse = 1.0f / sqrtf(total / static_cast<float>(width) + eps);
+    for (int i = 0; i < kRowThreads / 32; ++i) squares += partial[i];
+  }
+  const float inverse = 1.0f / sqrtf(squares / static_cast<float>(width) + eps);
 
   const auto write = [&](int vector, float(&x)[kN]) {
     float w[kN];
@@ -69,29 +77,37 @@ __global__ void __launch_bounds__(kNormThreads)
   };
 #pragma unroll
   for (int c = 0; c < kNormCached; ++c) {
-    const int vector = threadIdx.x + c * kNormThreads;
+    const int vector = thread + c * kRowThreads;
     if (vector < vectors) write(vector, cached[c]);
   }
-  for (int vector = threadIdx.x + kNormCached * kNormThreads; vector < vectors;
-       vector += kNormThreads) {
+  for (int vector = thread + kNormCached * kRowThreads; vector < vectors; vector += kRowThreads) {
     float x[kN];
     cuda::LoadVector(residual + vector * kN, x);
     write(vector, x);
   }
 }
 
+template <typename T, int kRowThreads>
+KernelStatus LaunchRmsNorm(const RmsNormArgs& a, cudaStream_t stream) {
+  const int64_t blocks = cuda::CeilDiv(a.tokens, kNormThreads / kRowThreads);
+  if (blocks > INT32_MAX) return KernelStatus::kUnsupportedShape;
+  RmsNormKernel<T, kRowThreads><<<static_cast<unsigned>(blocks), kNormThreads, 0, stream>>>(
+      static_cast<T*>(a.residual), static_cast<const T*>(a.delta), static_cast<const T*>(a.weight),
+      static_cast<T*>(a.out), a.tokens, a.width, a.eps);
+  return cuda::LaunchStatus();
+}
+
 template <typename T>
 KernelStatus RmsNorm(const RmsNormArgs& a, cudaStream_t stream) {
   if (a.width % kVector<T> != 0 || a.width <= 0 || a.width > (1 << 24) ||
       !cuda::Aligned16(a.residual) || !cuda::Aligned16(a.delta) || !cuda::Aligned16(a.weight) ||
-      !cuda::Aligned16(a.out) || a.tokens > INT32_MAX) {
+      !cuda::Aligned16(a.out)) {
     return KernelStatus::kUnsupportedShape;
   }
   if (a.tokens <= 0) return KernelStatus::kOk;
-  RmsNormKernel<T><<<static_cast<unsigned>(a.tokens), kNormThreads, 0, stream>>>(
-      static_cast<T*>(a.residual), static_cast<const T*>(a.delta), static_cast<const T*>(a.weight),
-      static_cast<T*>(a.out), a.width, a.eps);
-  return cuda::LaunchStatus();
+  // A warp keeps a narrow row in registers; a block of it would mostly wait.
+  const bool narrow = a.width <= 32 * kNormCached * kVector<T>;
+  return narrow ? LaunchRmsNorm<T, 32>(a, stream) : LaunchRmsNorm<T, kNormThreads>(a, stream);
 }
 
 constexpr int kRopeThreads = 128;

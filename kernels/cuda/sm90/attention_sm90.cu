@@ -40,6 +40,7 @@
 #include "kernels/cuda/sm90/item_counter.h"
 #include "kernels/cuda/sm90/ptx.cuh"
 #include "kernels/cuda/sm90/tensor_map.h"
+#include "kernels/cuda/sm90/tiles.cuh"
 #include "kernels/sparse_index.h"
 
 namespace vsprefill::kernels::cuda {
@@ -99,24 +100,8 @@ struct alignas(1024) Shared {
   alignas(16) int32_t columns[kPlans][kColumns];
 };
 
-/// Entry `count` (0, 1, ...) of a ring of kSize: where it lies, and the parity of its full barrier.
-template <int kSize>
-struct Slot {
-  uint32_t index;
-  uint32_t parity;
-  __device__ __forceinline__ explicit Slot(uint32_t count)
-      : index(count % kSize), parity(count / kSize & 1) {}
-};
 template <int kHeadDim>
 using Stage = Slot<Config<kHeadDim>::kStages>;
-
-__device__ __forceinline__ void WaitFull(uint64_t* barriers, uint32_t index, uint32_t parity) {
-  BarrierWait(SharedAddress(&barriers[index]), parity);
-}
-/// Before the first use of an entry this returns at once.
-__device__ __forceinline__ void WaitEmpty(uint64_t* barriers, uint32_t index, uint32_t parity) {
-  BarrierWait(SharedAddress(&barriers[index]), parity ^ 1);
-}
 
 /// Packed row -> position in the row tile: row / group_size without a division, for rows below 128.
 __device__ __forceinline__ int DivideRow(int row, uint32_t reciprocal) {
@@ -525,21 +510,6 @@ __device__ __forceinline__ void Gather(const AttentionBatchSm90& batch, Shared<k
 
 // ---------------------------------------------------------------------------- consumers
 
-/// s = q k^T of this warpgroup's 64 rows and a tile's columns, unscaled; committed, not waited for.
-template <int kHeadDim>
-__device__ __forceinline__ void StartScores(float (&s)[kColumns / 2], uint32_t q_shared,
-                                            uint32_t k_shared) {
-  q_shared = Uniform(q_shared);
-  k_shared = Uniform(k_shared);
-#pragma unroll
-  for (int step = 0; step < kHeadDim / 16; ++step) {
-    const int offset = step / 4 * Config<kHeadDim>::kSliceBytes + step % 4 * 32;
-    WgmmaSharedN128(s, MatrixDescriptor(q_shared, 0, offset), MatrixDescriptor(k_shared, 0, offset),
-                    step != 0);
-  }
-  WgmmaCommit();
-}
-
 /// o += p v, or o = p v where `add` is false; committed, not waited for.
 template <int kHeadDim>
 __device__ __forceinline__ void StartValues(float (&o)[kHeadDim / 2],
@@ -706,6 +676,7 @@ __device__ __forceinline__ void StoreRows(const AttentionBatchSm90& batch, const
 template <int kHeadDim>
 __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<kHeadDim>& shared,
                                         int consumer) {
+  using C = Config<kHeadDim>;
   const int thread = threadIdx.x % kWarpgroup;
   const bool warp_leader = thread % 32 == 0;
   const int first_row = consumer * 64 + thread / 32 * 16 + thread % 32 / 4;
@@ -746,7 +717,8 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
   start_item(shared.plans[0].work);
   WaitFull(shared.q_full, 0, 0);
   WgmmaFence();
-  StartScores<kHeadDim>(s, q_shared, SharedAddress(shared.k[0]));
+  StartScores<kHeadDim, C::kSliceBytes, 1024, C::kSliceBytes>(s, q_shared,
+                                                              SharedAddress(shared.k[0]));
   WgmmaWait<0>();
   PinRegisters(s);
   mask_and_release(0, flags);
@@ -770,8 +742,8 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
     NamedBarrierSync(kTurnBarrier + consumer, 2 * kWarpgroup);
     WgmmaFence();
     // After the last item of all these scores mean nothing.
-    StartScores<kHeadDim>(s, q_shared + q.index * Config<kHeadDim>::kTileBytes,
-                          SharedAddress(shared.k[next.index]));
+    StartScores<kHeadDim, C::kSliceBytes, 1024, C::kSliceBytes>(
+        s, q_shared + q.index * Config<kHeadDim>::kTileBytes, SharedAddress(shared.k[next.index]));
     WaitFull(shared.v_full, stage.index, stage.parity);
     WgmmaFence();
     StartValues<kHeadDim>(o, p, SharedAddress(shared.v[stage.index]), (flags & kFirst) == 0);

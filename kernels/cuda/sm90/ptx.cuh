@@ -1,4 +1,4 @@
-// Thin wrappers around the PTX instructions of Hopper (sm_90a) that the attention kernel uses:
+// Thin wrappers around the PTX instructions of Hopper (sm_90a) that the kernels of this folder use:
 // mbarrier, TMA loads, named barriers, register reallocation, wgmma. One instruction per function.
 #pragma once
 
@@ -147,10 +147,12 @@ __device__ __forceinline__ void RaiseRegisters() {
 /// Shared-memory operand with 128-byte swizzle: atoms of 8 rows x 128 bytes, 1024-byte aligned, one
 /// after the other. `half_stride`: bytes between the 64-element halves of N where N is the
 /// contiguous dimension (else unused). `offset`: bytes to the operand's start, a constant; adding
-/// it costs one instruction where `address` is known to be the same for the warp.
+/// it costs one instruction where `address` is known to be the same for the warp. `kAtomStride`:
+/// bytes from one atom to the next, 1024 where they lie side by side.
+template <int kAtomStride = 1024>
 __device__ __forceinline__ uint64_t MatrixDescriptor(uint32_t address, int half_stride,
                                                      int offset) {
-  constexpr uint32_t kHigh = 1u << 30 | 1024 >> 4;  // 128-byte swizzle, bytes from atom to atom
+  constexpr uint32_t kHigh = 1u << 30 | kAtomStride >> 4;  // 128-byte swizzle
   const uint32_t low = (address >> 4) + ((half_stride >> 4 << 16) + (offset >> 4));
   return uint64_t{kHigh} << 32 | low;
 }
