@@ -10,7 +10,8 @@ using cuda::kVector;
 
 constexpr int kNormThreads = 256;
 /// Vectors of a row that a thread keeps in registers; wider rows are read a second time.
-constexpr int kNormCached = 4;
+template <int kRowThreads>
+constexpr int kNormCached = kRowThreads == 32 ? 3 : 2;
 
 /// kRowThreads threads per token: a warp, or the block. The residual is rounded to its dtype before
 /// the norm sees it.
@@ -20,6 +21,7 @@ __global__ void __launch_bounds__(kNormThreads)
                   int64_t width, float eps) {
   static_assert(kRowThreads == 32 || kRowThreads == kNormThreads);
   constexpr int kN = kVector<T>;
+  constexpr int kCached = kNormCached<kRowThreads>;
   const int64_t token =
       int64_t{blockIdx.x} * (kNormThreads / kRowThreads) + threadIdx.x / kRowThreads;
   if (token >= tokens) return;  // whole warps
@@ -28,13 +30,14 @@ __global__ void __launch_bounds__(kNormThreads)
   if (delta != nullptr) delta += token * width;
   const int vectors = static_cast<int>(width / kN);
 
-  float cached[kNormCached][kN];
+  float cached[kCached][kN], deltas[kCached][kN];
   float squares = 0;
-  const auto accumulate = [&](int vector, float(&x)[kN]) {
+  const auto load = [&](int vector, float(&x)[kN], float(&d)[kN]) {
     cuda::LoadVector(residual + vector * kN, x);
+    if (delta != nullptr) cuda::LoadVector(delta + vector * kN, d);
+  };
+  const auto accumulate = [&](int vector, float(&x)[kN], const float(&d)[kN]) {
     if (delta != nullptr) {
-      float d[kN];
-      cuda::LoadVector(delta + vector * kN, d);
 #pragma unroll
       for (int i = 0; i < kN; ++i) x[i] = cuda::RoundTo<T>(x[i] + d[i]);
       cuda::StoreVector(residual + vector * kN, x);
@@ -42,14 +45,21 @@ __global__ void __launch_bounds__(kNormThreads)
 #pragma unroll
     for (int i = 0; i < kN; ++i) squares = fmaf(x[i], x[i], squares);
   };
+  // All loads before the first store: the compiler cannot know that it may move them up.
 #pragma unroll
-  for (int c = 0; c < kNormCached; ++c) {
+  for (int c = 0; c < kCached; ++c) {
     const int vector = thread + c * kRowThreads;
-    if (vector < vectors) accumulate(vector, cached[c]);
+    if (vector < vectors) load(vector, cached[c], deltas[c]);
   }
-  for (int vector = thread + kNormCached * kRowThreads; vector < vectors; vector += kRowThreads) {
-    float x[kN];
-    accumulate(vector, x);
+#pragma unroll
+  for (int c = 0; c < kCached; ++c) {
+    const int vector = thread + c * kRowThreads;
+    if (vector < vectors) accumulate(vector, cached[c], deltas[c]);
+  }
+  for (int vector = thread + kCached * kRowThreads; vector < vectors; vector += kRowThreads) {
+    float x[kN], d[kN];
+    load(vector, x, d);
+    accumulate(vector, x, d);
   }
   if (out == nullptr) return;
   out += token * width;
@@ -76,11 +86,11 @@ __global__ void __launch_bounds__(kNormThreads)
     cuda::StoreVector(out + vector * kN, x);
   };
 #pragma unroll
-  for (int c = 0; c < kNormCached; ++c) {
+  for (int c = 0; c < kCached; ++c) {
     const int vector = thread + c * kRowThreads;
     if (vector < vectors) write(vector, cached[c]);
   }
-  for (int vector = thread + kNormCached * kRowThreads; vector < vectors; vector += kRowThreads) {
+  for (int vector = thread + kCached * kRowThreads; vector < vectors; vector += kRowThreads) {
     float x[kN];
     cuda::LoadVector(residual + vector * kN, x);
     write(vector, x);
@@ -106,7 +116,7 @@ KernelStatus RmsNorm(const RmsNormArgs& a, cudaStream_t stream) {
   }
   if (a.tokens <= 0) return KernelStatus::kOk;
   // A warp keeps a narrow row in registers; a block of it would mostly wait.
-  const bool narrow = a.width <= 32 * kNormCached * kVector<T>;
+  const bool narrow = a.width <= 32 * kNormCached<32> * kVector<T>;
   return narrow ? LaunchRmsNorm<T, 32>(a, stream) : LaunchRmsNorm<T, kNormThreads>(a, stream);
 }
 

@@ -75,11 +75,11 @@ __device__ __forceinline__ Shared<kHeadDim>& Begin(int b_arrivals) {
     if (SharedAddress(&shared) % 1024 != 0) __trap();  // the swizzle counts from there
     for (int i = 0; i < 2; ++i) {
       BarrierInit(SharedAddress(&shared.a_full[i]), 1);
-      BarrierInit(SharedAddress(&shared.a_empty[i]), kConsumers / 32);
+      BarrierInit(SharedAddress(&shared.a_empty[i]), kConsumers);
     }
     for (int i = 0; i < kStagesB; ++i) {
       BarrierInit(SharedAddress(&shared.b_full[i]), b_arrivals);
-      BarrierInit(SharedAddress(&shared.b_empty[i]), kConsumers / 32);
+      BarrierInit(SharedAddress(&shared.b_empty[i]), kConsumers);
     }
     FenceBarrierInit();
   }
@@ -120,10 +120,6 @@ struct Place {
   }
   /// First of this lane's columns.
   __device__ __forceinline__ int column() const { return lane % 4 * 2; }
-  __device__ __forceinline__ void Release(uint64_t& barrier) const {
-    __syncwarp();
-    if (lane == 0) BarrierArrive(SharedAddress(&barrier));
-  }
 };
 
 /// Scores of pairs with row + shift < column (kColumnsAhead) or column + shift < row become -inf.
@@ -207,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1) LseKernel(const __grid_constant__
     add(even, 0, step);
     WgmmaWait<0>();
     PinRegisters(odd);
-    place.Release(shared.b_empty[slot.index]);
+    BarrierArrive(SharedAddress(&shared.b_empty[slot.index]));  // each lane, for what it read
     add(odd, 1, step);
   }
 #pragma unroll
@@ -318,9 +314,9 @@ __global__ void __launch_bounds__(kThreads, 1) SumsKernel(const __grid_constant_
     add(even, 0, shared.lse[slot.index]);
     WgmmaWait<0>();
     PinRegisters(odd);
-    if (last_head) place.Release(shared.a_empty[a.index]);
+    if (last_head) BarrierArrive(SharedAddress(&shared.a_empty[a.index]));
     add(odd, 1, shared.lse[slot.index]);
-    place.Release(shared.b_empty[slot.index]);
+    BarrierArrive(SharedAddress(&shared.b_empty[slot.index]));  // each lane, for what it read
     ++head;
     if (!last_head) continue;
       // The keys change: their sums over all heads of this tile.
