@@ -237,6 +237,35 @@ struct SyntheticIndex {
   }
 };
 
+/// A block-sparse index: for each row tile its own key block and random ones, `density` of those it
+/// sees.
+struct SyntheticBlocks {
+  std::vector<uint32_t> bits;
+  Memory device;
+  TileIndexView view;
+
+  static std::vector<uint32_t> Bits(int groups, int64_t n, int row_tile, double density) {
+    const int64_t tiles = (n + row_tile - 1) / row_tile, words = KeyBlockWords(n);
+    std::vector<uint32_t> bits(groups * tiles * words, 0);
+    std::mt19937 rng(4);
+    for (int64_t i = 0; i < groups * tiles; ++i) {
+      const int64_t own = std::min((i % tiles + 1) * row_tile, n) - 1;
+      for (int64_t block = 0; block <= own / kKeyBlock; ++block) {
+        const bool wanted = rng() < density * 4294967296.0;
+        if (wanted || block >= i % tiles * row_tile / kKeyBlock) SetBit(&bits[i * words], block);
+      }
+    }
+    return bits;
+  }
+  SyntheticBlocks(int groups, int64_t n, int row_tile, double density)
+      : bits(Bits(groups, n, row_tile, density)), device(bits) {
+    view.num_groups = groups;
+    view.num_tiles = (n + row_tile - 1) / row_tile;
+    view.blocks = device.as<uint32_t>();
+    view.block_words = KeyBlockWords(n);
+  }
+};
+
 void BenchAttention(Bench& bench, const Model& m, int64_t n) {
   const std::string where = std::string(m.name) + " n=" + std::to_string(n);
   const int64_t q_stride = int64_t{m.q_heads + 2 * m.kv_heads} * m.head_dim;
@@ -260,9 +289,11 @@ void BenchAttention(Bench& bench, const Model& m, int64_t n) {
   s.out_token_stride = int64_t{m.q_heads} * m.head_dim;
   s.out_head_stride = m.head_dim;
   s.q_tokens = s.kv_tokens = n;
-  const auto run = [&](const std::string& name, const SparseIndexView* index) {
+  const auto run = [&](const std::string& name, const SparseIndexView* index,
+                       const TileIndexView* tiles = nullptr) {
     if (!bench.Wanted(name)) return;
     s.index = index;
+    s.tiles = tiles;
     PairCounts pairs;
     Check(cudaMemset(counts.as<void>(), 0, sizeof(pairs)), "cudaMemset");
     Check(CountPairsCuda(shape, s, counts.as<PairCounts>(), nullptr), "CountPairsCuda");
@@ -296,6 +327,11 @@ void BenchAttention(Bench& bench, const Model& m, int64_t n) {
     SyntheticIndex mixed(m.kv_heads, n, row_tile, wide, (columns - wide) / kBandBlock - 2);
     run("attention 1024 verticals " + label, &mixed.view);
     if (density == 0.05) run("attention generic sparse " + label, &half.view);
+    SyntheticBlocks per_group(m.kv_heads, n, row_tile, density);
+    run("attention blocks " + label, nullptr, &per_group.view);
+    if (density == 0.05) run("attention generic blocks " + label, nullptr, &per_group.view);
+    SyntheticBlocks per_head(m.q_heads, n, RowTilePositions(1), density);
+    run("attention blocks per head " + label, nullptr, &per_head.view);
   }
 }
 

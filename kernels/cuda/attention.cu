@@ -79,17 +79,15 @@ SequenceParams Describe(const AttentionSequence& s, int64_t row_tile) {
   return p;
 }
 
-/// Whether the Hopper kernel reads what the batch reads: everything, or a vertical-slash index per
-/// KV group.
-bool KnownToSm90(const AttentionBatch& batch) {
-  return batch.groups_per_kv_head == 1 &&
-         std::none_of(batch.sequences, batch.sequences + batch.num_sequences,
-                      [](const SequenceParams& p) { return p.blocks != nullptr; });
+/// What the Hopper kernel does not know: pseudo-keys.
+bool HasMeans(const AttentionBatch& batch) {
+  return std::any_of(batch.sequences, batch.sequences + batch.num_sequences,
+                     [](const SequenceParams& p) { return p.k_means != nullptr; });
 }
 
 KernelStatus LaunchBf16(Bf16Kernel kernel, const AttentionBatch& batch, int num_items, int head_dim,
                         cudaStream_t stream) {
-  if (kernel == Bf16Kernel::kFastest && KnownToSm90(batch) && cuda::DeviceIsSm90()) {
+  if (kernel == Bf16Kernel::kFastest && !HasMeans(batch) && cuda::DeviceIsSm90()) {
     const KernelStatus status = cuda::LaunchAttentionSm90(batch, num_items, head_dim, stream);
     if (status != KernelStatus::kUnsupportedShape) return status;
   }
@@ -133,20 +131,25 @@ KernelStatus cuda::AttentionWith(Bf16Kernel kernel, const AttentionShape& shape,
   for (int i = 0; i < num_sequences; ++i) {
     if (!Supported(shape, sequences[i])) return KernelStatus::kUnsupportedShape;
   }
-  // Sequences that need different kernels never share a launch, so that no sequence's bits depend
-  // on its neighbours.
+  // Sequences that may need different kernels never share a launch, so that no sequence's bits
+  // depend on its neighbours.
+  enum class Index { kVerticalSlash, kTiles, kTilesAndMeans };
+  const auto index_of = [](const AttentionSequence& s) {
+    return s.tiles == nullptr            ? Index::kVerticalSlash
+           : s.tiles->k_means == nullptr ? Index::kTiles
+                                         : Index::kTilesAndMeans;
+  };
   const bool per_kv_head_only = shape.num_kv_heads == shape.num_q_heads;
   for (const bool per_query_head : {false, true}) {
     if (per_query_head && per_kv_head_only) break;
     const int num_groups = per_query_head ? shape.num_q_heads : shape.num_kv_heads;
-    for (const bool tiles : {false, true}) {
+    for (const Index kind : {Index::kVerticalSlash, Index::kTiles, Index::kTilesAndMeans}) {
       std::array<const AttentionSequence*, cuda::kSequencesPerLaunch> order;
       for (int next = 0; next < num_sequences;) {
         int count = 0;
         for (; next < num_sequences && count < cuda::kSequencesPerLaunch; ++next) {
           const AttentionSequence& s = sequences[next];
-          if (s.q_tokens > 0 && IndexGroups(shape, s) == num_groups &&
-              (s.tiles != nullptr) == tiles) {
+          if (s.q_tokens > 0 && IndexGroups(shape, s) == num_groups && index_of(s) == kind) {
             order[count++] = &s;
           }
         }

@@ -1,17 +1,18 @@
-// Causal attention, dense or vertical-slash, bf16 on Hopper (sm_90a): wgmma fed by TMA and
-// cp.async.
+// Causal attention, dense, vertical-slash or block-sparse, bf16 on Hopper (sm_90a): wgmma fed by
+// TMA and cp.async.
 //
 //   S[r, n] = scale * q[r] . k[column(n)]     [128 packed rows] x [128 columns of this tile]
 //   O[r]    = sum over tiles of exp(S - rowmax) v[column(n)], online softmax, float32
 //
 // One persistent block per multiprocessor: a producer warpgroup and two consumer warpgroups. A work
-// item is a (KV group, row tile) as in attention_params.cuh; consumer w owns packed rows 64 w to
-// 64 w + 63 (packed row r: position first + r / g, head r % g).
+// item is an (index group, row tile) as in attention_params.cuh; consumer w owns packed rows 64 w
+// to 64 w + 63 (packed row r: position first + r / g, head r % g).
 //
 // Column tiles. A tile has two halves of 64 columns; half h of an item's tile t is number 2 t + h
 // of its walk: first the selected distance blocks, nearest first (contiguous columns: TMA, rows
 // outside the sequence arrive as zeros), then the verticals that no band covers, compacted on the
-// fly, 64 at a time (gathered: cp.async). A tile may hold one half of each kind. What is missing in
+// fly, 64 at a time (gathered: cp.async). A tile may hold one half of each kind. Block-sparse: the
+// selected key blocks of 128, then likewise the single columns outside of them. What is missing in
 // the last tile is masked, and zeros, so that nothing stale meets a zero probability.
 //
 // Shared memory, tiles as [head_dim / 64][128 rows][64 elements] with 128-byte swizzle (16-byte
@@ -42,6 +43,7 @@
 #include "kernels/cuda/sm90/tensor_map.h"
 #include "kernels/cuda/sm90/tiles.cuh"
 #include "kernels/sparse_index.h"
+#include "kernels/tile_index.h"
 
 namespace vsprefill::kernels::cuda {
 namespace sm90 {
@@ -58,7 +60,7 @@ constexpr int kPlans = 8;
 // written their output of an even (odd) item.
 constexpr int kTurnBarrier = 1;
 constexpr int kOutputBarrier = 3;
-static_assert(kColumns == 2 * kHalf);
+static_assert(kColumns == 2 * kHalf && kColumns == kKeyBlock);
 
 // Plan::flags
 constexpr int kMasked0 = 1;   // some (row, column) pair of half 0 may be invisible: see `columns`
@@ -170,6 +172,64 @@ class Planner {
     const SequenceParams& s = batch_.base.sequences[work_.sequence];
     first_row_ = work_.tile * batch_.base.row_tile;
     last_row_ = first_row_ + batch_.base.row_tile - 1;
+    if (s.blocks != nullptr) {
+      PlanBlocks(s);
+    } else {
+      PlanBands(s);
+    }
+  }
+
+  /// Block-sparse: each selected block is a tile of its own, but the last visible one where the
+  /// rows see only its first half.
+  __device__ __forceinline__ void PlanBlocks(const SequenceParams& s) {
+    const int last_column = min(last_row_, s.kv_tokens - 1);
+    const int last_block = last_column / kKeyBlock;
+    block_bits_ =
+        s.blocks + int64_t{work_.group} * s.blocks_stride + int64_t{work_.tile} * s.block_words;
+    column_bits_ = nullptr;
+    num_verticals_ = next_vertical_ = 0;
+    if (s.columns != nullptr) {
+      column_bits_ = s.columns + int64_t{work_.group} * s.columns_stride +
+                     int64_t{work_.tile / s.tiles_per_set} * s.column_words;
+      num_verticals_ = last_column + 1;
+    }
+    LoadCandidates();
+
+    int first = kFirst;
+    int block = -1;  // found, not published yet
+    for (int begin = 0; begin <= last_block / 32; begin += 32) {
+      const int index = begin + lane_;
+      uint32_t word = index <= last_block / 32 ? block_bits_[index] : 0;
+      if (index == last_block / 32) word &= 0xffffffffu >> (31 - last_block % 32);
+      for (uint32_t filled = __ballot_sync(0xffffffffu, word != 0); filled != 0;
+           filled &= filled - 1) {
+        const int from = __ffs(static_cast<int>(filled)) - 1;
+        for (uint32_t bits = __shfl_sync(0xffffffffu, word, from); bits != 0; bits &= bits - 1) {
+          if (block >= 0) {
+            PublishBlock(first, block);
+            first = 0;
+          }
+          block = (begin + from) * 32 + __ffs(static_cast<int>(bits)) - 1;
+        }
+      }
+    }
+    const bool half = block == last_block && last_column % kKeyBlock < kHalf;
+    if (block >= 0 && !half) {
+      PublishBlock(first | (num_verticals_ == 0 ? kLast : 0), block);
+      first = 0;
+      if (num_verticals_ == 0) return;
+    }
+    PlanVerticals(first, half ? block * kKeyBlock + kHalf - 1 : kNothing);
+  }
+
+  __device__ __forceinline__ void PublishBlock(int flags, int block) {
+    const int near = block * kKeyBlock + kHalf - 1;
+    Publish(flags | MaskBand(0, near) | MaskBand(1, near + kHalf), near, near + kHalf);
+  }
+
+  /// Vertical-slash, or dense.
+  __device__ __forceinline__ void PlanBands(const SequenceParams& s) {
+    block_bits_ = column_bits_ = nullptr;
     const int last_block = last_row_ / kBandBlock;
     const bool dense =
         s.bands == nullptr || work_.tile >= s.first_tile + s.num_tiles - s.dense_tiles;
@@ -201,7 +261,8 @@ class Planner {
     }
   }
 
-  /// The tiles behind the whole band tiles. `near`: nearest column of the band left over, if any.
+  /// The tiles behind the whole tiles of bands or blocks: single columns. `near`: nearest column of
+  /// the half left over, if any.
   __device__ __forceinline__ void PlanVerticals(int first, int near) {
     int flags = first;
     int filled = 0;  // columns in the slots of this tile and the next
@@ -234,10 +295,13 @@ class Planner {
     bool keep[4];
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
-      keep[u] = candidate_[u] <= last_row_;
+      // What is no candidate is -1 or INT_MAX.
+      keep[u] = static_cast<uint32_t>(candidate_[u]) <= static_cast<uint32_t>(last_row_);
       if (keep[u]) {
-        const uint32_t block = static_cast<uint32_t>(last_row_ - candidate_[u]) / kBandBlock;
-        keep[u] = (band_bits_[block >> 5] >> (block & 31) & 1) == 0;
+        const bool blocks = block_bits_ != nullptr;
+        const int block =
+            blocks ? candidate_[u] / kKeyBlock : (last_row_ - candidate_[u]) / kBandBlock;
+        keep[u] = !TestBit(blocks ? block_bits_ : band_bits_, block);
       }
     }
 #pragma unroll
@@ -250,7 +314,7 @@ class Planner {
       filled += __popc(kept);
     }
     next_vertical_ += 128;
-    // Verticals ascend: behind a column right of the row tile nothing is visible.
+    // Candidates ascend: behind a column right of the row tile nothing is visible.
     if (__any_sync(0xffffffffu, candidate_[3] > last_row_)) next_vertical_ = num_verticals_;
     LoadCandidates();
     return filled;
@@ -260,7 +324,10 @@ class Planner {
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
       const int i = next_vertical_ + u * 32 + lane_;
-      candidate_[u] = i < num_verticals_ ? verticals_[i] : INT_MAX;
+      candidate_[u] = INT_MAX;
+      if (i < num_verticals_) {
+        candidate_[u] = column_bits_ == nullptr ? verticals_[i] : TestBit(column_bits_, i) ? i : -1;
+      }
     }
   }
 
@@ -305,8 +372,10 @@ class Planner {
   const int32_t* bands_;  // null: every block
   const int32_t* verticals_;
   const uint32_t* band_bits_;
+  const uint32_t* block_bits_;   // null: vertical-slash or dense
+  const uint32_t* column_bits_;  // null: `verticals_` lists the single columns
   int num_verticals_, next_vertical_;
-  int candidate_[4];  // verticals next_vertical_ + 32 u + lane
+  int candidate_[4];  // verticals (or columns) next_vertical_ + 32 u + lane
 };
 
 // ---------------------------------------------------------------------------- loader
@@ -314,7 +383,7 @@ class Planner {
 /// Starts the TMA copies of the halves of a K or V tile that are not gathered. One thread.
 template <int kHeadDim>
 __device__ __forceinline__ void LoadBands(uint32_t tile_shared, const CUtensorMap* map,
-                                          uint64_t& full, const Plan& plan, int group) {
+                                          uint64_t& full, const Plan& plan, int kv_head) {
   using C = Config<kHeadDim>;
   const uint32_t barrier = SharedAddress(&full);
   const bool load[2] = {(plan.flags & kGather0) == 0, (plan.flags & kGather1) == 0};
@@ -325,7 +394,7 @@ __device__ __forceinline__ void LoadBands(uint32_t tile_shared, const CUtensorMa
 #pragma unroll
     for (int slice = 0; slice < C::kSlices; ++slice) {
       TmaLoad3D(tile_shared + slice * C::kSliceBytes + half * kHalf * 128, map, barrier, slice * 64,
-                plan.first_column[half], group);
+                plan.first_column[half], kv_head);
     }
   }
 }
@@ -342,6 +411,7 @@ __device__ __forceinline__ void Load(const AttentionBatchSm90& batch, Shared<kHe
     const Plan plan = shared.plans[slot.index];
     const int sequence = plan.work.sequence;
     const int group = plan.work.group;
+    const int kv_head = group / batch.base.groups_per_kv_head;
     if (plan.flags & kFirst) {
       const int rows = batch.base.row_tile * batch.base.group_size;
       const Slot<2> q(items++);
@@ -365,10 +435,10 @@ __device__ __forceinline__ void Load(const AttentionBatchSm90& batch, Shared<kHe
       return;
     }
     LoadBands<kHeadDim>(SharedAddress(shared.k[stage.index]), &batch.k_maps[sequence],
-                        shared.k_full[stage.index], plan, group);
+                        shared.k_full[stage.index], plan, kv_head);
     WaitEmpty(shared.v_empty, stage.index, stage.parity);
     LoadBands<kHeadDim>(SharedAddress(shared.v[stage.index]), &batch.v_maps[sequence],
-                        shared.v_full[stage.index], plan, group);
+                        shared.v_full[stage.index], plan, kv_head);
   }
 }
 
@@ -475,8 +545,9 @@ __device__ __forceinline__ void Gather(const AttentionBatchSm90& batch, Shared<k
     if (item.sequence >= 0) {
       if (source.flags & kFirst) {
         const SequenceParams& s = batch.base.sequences[item.sequence];
-        source.k = static_cast<const char*>(s.k) + item.group * s.kv_head_stride * 2;
-        source.v = static_cast<const char*>(s.v) + item.group * s.kv_head_stride * 2;
+        const int64_t head = item.group / batch.base.groups_per_kv_head * s.kv_head_stride * 2;
+        source.k = static_cast<const char*>(s.k) + head;
+        source.v = static_cast<const char*>(s.v) + head;
         source.token_bytes = static_cast<uint32_t>(s.kv_token_stride * 2);
         source.kv_tokens = s.kv_tokens;
       }
@@ -881,8 +952,9 @@ KernelStatus LaunchAttentionSm90(const AttentionBatch& base, int num_items, int 
     const int q_heads = base.num_groups * base.group_size;
     const int q_tokens = s.kv_tokens - s.q_start;
     const auto columns = [&](CUtensorMap* map, const void* rows) {
-      return sm90::DescribeTensor(map, rows, {head_dim, s.kv_tokens, base.num_groups},
-                                  {s.kv_token_stride, s.kv_head_stride}, {64, kBandBlock, 1});
+      return sm90::DescribeTensor(
+          map, rows, {head_dim, s.kv_tokens, base.num_groups / base.groups_per_kv_head},
+          {s.kv_token_stride, s.kv_head_stride}, {64, kBandBlock, 1});
     };
     const auto rows = [&](CUtensorMap* map, const void* data, int64_t head_stride,
                           int64_t token_stride) {

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kernels/attention.h"
+#include "kernels/cuda/attention_kernels.h"
 #include "kernels/query_selection.h"
 #include "kernels/query_selection_math.h"
 #include "tests/kernels/attention_test_util.h"
@@ -108,17 +109,70 @@ std::vector<AttentionCase> Cases() {
   return cases;
 }
 
+/// The output of one kernel; twice, for the same bits.
+HostTensor RunKernel(const DeviceProblem& p, cuda::Bf16Kernel kernel, DType dtype,
+                     const std::string& what) {
+  std::vector<char> first;
+  for (int run = 0; run < 2; ++run) {
+    EXPECT_EQ(cudaMemset(p.out().data(), 0xff, p.out().Download<char>().size()), cudaSuccess);
+    EXPECT_EQ(cuda::AttentionWith(kernel, p.shape(), &p.device, 1, nullptr), KernelStatus::kOk);
+    EXPECT_TRUE(testing::Synchronize()) << what;
+    if (run == 0) first = p.out().Download<char>();
+  }
+  EXPECT_EQ(p.out().Download<char>(), first) << what << ": two runs differ";
+  return DownloadTensor(p.out(), dtype);
+}
+
+void ExpectReference(const AttentionCase& c, DType dtype) {
+  DeviceProblem p(c, dtype);
+  const HostTensor expected = p.Expected();
+  const bool bf16 = dtype == DType::kBF16;
+  for (const auto kernel : {cuda::Bf16Kernel::kFastest, cuda::Bf16Kernel::kGeneric}) {
+    const bool generic = kernel == cuda::Bf16Kernel::kGeneric;
+    if (generic && !(bf16 && cuda::DeviceIsSm90())) continue;  // one kernel only
+    const std::string what = c.ToString() + (generic ? ", generic kernel" : "");
+    testing::ExpectClose(RunKernel(p, kernel, dtype, what), expected, bf16 ? 6e-3 : 1e-5,
+                         bf16 ? 4e-2 : 1e-4, what);
+  }
+}
+
 TEST(TileIndexCuda, AttentionEqualsReference) {
   for (const DType dtype : {DType::kBF16, DType::kF32}) {
-    for (const AttentionCase& c : Cases()) {
-      DeviceProblem p(c, dtype);
-      const HostTensor expected = p.Expected();
-      ASSERT_EQ(AttentionCuda(p.shape(), &p.device, 1, nullptr), KernelStatus::kOk);
-      ASSERT_TRUE(testing::Synchronize()) << c.ToString();
-      const bool bf16 = dtype == DType::kBF16;
-      const HostTensor actual = DownloadTensor(p.out(), dtype);
-      testing::ExpectClose(actual, expected, bf16 ? 6e-3 : 1e-5, bf16 ? 4e-2 : 1e-4, c.ToString());
+    for (const AttentionCase& c : Cases()) ExpectReference(c, dtype);
+  }
+}
+
+TEST(TileIndexCuda, SmallAttentionEqualsReference) {
+  for (const Selection selection :
+       {Selection::kBlocks, Selection::kColumns, Selection::kMeans, Selection::kMixed}) {
+    for (const bool per_head : {false, true}) {
+      ExpectReference({6, 2, 64, 70, 330, selection, 0, 1, per_head}, DType::kBF16);
+      ExpectReference({2, 1, 128, 300, 300, selection, 0, 2, per_head}, DType::kBF16);
     }
+  }
+}
+
+// Every group size of the Hopper kernel: where row tiles end inside of key blocks.
+TEST(TileIndexCuda, EveryGroupSizeEqualsReference) {
+  for (int g = 1; g <= 16; ++g) {
+    for (const Selection selection : {Selection::kBlocks, Selection::kColumns}) {
+      ExpectReference({2 * g, 2, 128, 95, 403, selection, 0, 1}, DType::kBF16);
+    }
+  }
+}
+
+// Many work items for each multiprocessor, and more key blocks than a warp reads at once.
+TEST(TileIndexCuda, LongSequencesAgreeWithTheGenericKernel) {
+  if (!cuda::DeviceIsSm90()) GTEST_SKIP() << "one bf16 kernel on this device";
+  for (const AttentionCase& c :
+       {AttentionCase{8, 2, 128, 6000, 6007, Selection::kBlocks, 0, 1},
+        AttentionCase{9, 3, 64, 5000, 9000, Selection::kColumns, 0, 2, true},
+        AttentionCase{2, 1, 64, 400, 135000, Selection::kBlocks, 0, 3}}) {
+    const DeviceProblem p(c, DType::kBF16);
+    const HostTensor generic =
+        RunKernel(p, cuda::Bf16Kernel::kGeneric, DType::kBF16, c.ToString() + ", generic kernel");
+    testing::ExpectClose(RunKernel(p, cuda::Bf16Kernel::kFastest, DType::kBF16, c.ToString()),
+                         generic, 6e-3, 4e-2, c.ToString());
   }
 }
 
