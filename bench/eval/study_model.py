@@ -1,4 +1,5 @@
-"""SmolLM2 in PyTorch (bfloat16) with this project's CPU attention, for the studies of this folder.
+"""SmolLM2 in PyTorch (bfloat16), for the studies of this folder; attention by this project's CPU kernels (vsp_study),
+or, without them, dense by PyTorch on any device.
 
 Only what the studies need: one prompt, whole or in chunks, dense or sparse, hidden states out.
 """
@@ -32,7 +33,7 @@ def _pointer(array):
 
 
 class StudyModel:
-    def __init__(self, directory, library):
+    def __init__(self, directory, library=None, device="cpu"):
         with open(os.path.join(directory, "config.json"), encoding="utf-8") as f:
             config = json.load(f)
         if config["model_type"] != "llama":
@@ -44,9 +45,11 @@ class StudyModel:
         self.eps = config["rms_norm_eps"]
         self.theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
         weights = safetensors.torch.load_file(os.path.join(directory, "model.safetensors"))
-        self.weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
+        self.weights = {name: tensor.to(device, torch.bfloat16) for name, tensor in weights.items()}
         self.embedding = self.weights["model.embed_tokens.weight"]
         self.head = self.weights.get("lm_head.weight", self.embedding)
+        if library is None:
+            return
         self._library = ctypes.CDLL(os.path.abspath(library))
         p, i64, i32, f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
         self._library.vsp_study_attend.argtypes = [p] * 4 + [i64] * 3 + [i32] * 3 + [f32, p, p, i64, p, p, p, p]
@@ -60,7 +63,8 @@ class StudyModel:
 
     def _rotate(self, x):
         half = self.dim // 2
-        angles = torch.arange(len(x)).float()[:, None] / self.theta ** (torch.arange(half).float() / half)
+        positions, pairs = (torch.arange(size, device=x.device).float() for size in (len(x), half))
+        angles = positions[:, None] / self.theta ** (pairs / half)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
         a, b = x[..., :half].float(), x[..., half:].float()
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(torch.bfloat16).contiguous()
