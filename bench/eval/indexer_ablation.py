@@ -375,7 +375,8 @@ def main():
                                 cwd=os.path.dirname(os.path.abspath(__file__)))
         with open(args.json, "w", encoding="utf-8") as f:
             json.dump({"command": " ".join(sys.argv), "commit": commit.stdout.strip(),
-                       "date": time.strftime("%Y-%m-%d"), "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+                       "date": time.strftime("%Y-%m-%d"),
+                       "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
                        "training_seconds": seconds, "heldout_texts": len(texts), "rows": rows}, f, indent=1)
             f.write("\n")
 
