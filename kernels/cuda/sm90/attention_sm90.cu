@@ -39,6 +39,7 @@
 #include "kernels/cuda/sm90/attention_sm90.h"
 #include "kernels/cuda/sm90/item_counter.h"
 #include "kernels/cuda/sm90/ptx.cuh"
+#include "kernels/cuda/sm90/ring.cuh"
 #include "kernels/cuda/sm90/tensor_map.h"
 #include "kernels/sparse_index.h"
 
@@ -99,24 +100,8 @@ struct alignas(1024) Shared {
   alignas(16) int32_t columns[kPlans][kColumns];
 };
 
-/// Entry `count` (0, 1, ...) of a ring of kSize: where it lies, and the parity of its full barrier.
-template <int kSize>
-struct Slot {
-  uint32_t index;
-  uint32_t parity;
-  __device__ __forceinline__ explicit Slot(uint32_t count)
-      : index(count % kSize), parity(count / kSize & 1) {}
-};
 template <int kHeadDim>
 using Stage = Slot<Config<kHeadDim>::kStages>;
-
-__device__ __forceinline__ void WaitFull(uint64_t* barriers, uint32_t index, uint32_t parity) {
-  BarrierWait(SharedAddress(&barriers[index]), parity);
-}
-/// Before the first use of an entry this returns at once.
-__device__ __forceinline__ void WaitEmpty(uint64_t* barriers, uint32_t index, uint32_t parity) {
-  BarrierWait(SharedAddress(&barriers[index]), parity ^ 1);
-}
 
 /// Packed row -> position in the row tile: row / group_size without a division, for rows below 128.
 __device__ __forceinline__ int DivideRow(int row, uint32_t reciprocal) {
@@ -550,7 +535,7 @@ __device__ __forceinline__ void StartValues(float (&o)[kHeadDim / 2],
   for (int step = 0; step < kColumns / 16; ++step) {
     const uint64_t b = MatrixDescriptor(v_shared, Config<kHeadDim>::kSliceBytes, step * 16 * 128);
     if constexpr (kHeadDim == 128) {
-      WgmmaRegistersN128(o, p[step], b, step != 0 || add);
+      WgmmaRegistersN128<Contiguous::kN>(o, p[step], b, step != 0 || add);
     } else {
       WgmmaRegistersN64(o, p[step], b, step != 0 || add);
     }
@@ -888,14 +873,6 @@ KernelStatus Launch(const AttentionBatchSm90& batch, cudaStream_t stream) {
 
 }  // namespace
 }  // namespace sm90
-
-bool DeviceIsSm90() {
-  int device, major, minor;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;  // sm_90a code runs nowhere else
-}
 
 KernelStatus LaunchAttentionSm90(const AttentionBatch& base, int num_items, int head_dim,
                                  cudaStream_t stream) {
