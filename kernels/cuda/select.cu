@@ -27,6 +27,28 @@ __global__ void __launch_bounds__(kSelectThreads)
   cuda::select::Selector(launch, blockIdx.x, shared, BlockTeam()).Run();
 }
 
+cuda::ScratchLayout Layout(const selection::Geometry& g, bool ranks_differ_from_scores) {
+  cuda::ScratchLayout layout;
+  int64_t bytes = 0;
+  const auto take = [&bytes](int64_t size) {
+    const int64_t begin = bytes;
+    bytes += (size + 255) / 256 * 256;
+    return begin;
+  };
+  layout.column_weights = take(g.n * 8);
+  layout.offset_weights = take(g.n * 8);
+  layout.local_mass = take((g.n + 1) * 8);
+  layout.block_weights = take(g.num_blocks * 8);
+  layout.column_scores = layout.column_ranks = take(g.n * 4);
+  layout.block_scores = layout.block_ranks = take(g.num_blocks * 4);
+  if (ranks_differ_from_scores) {
+    layout.column_ranks = take(g.n * 4);
+    layout.block_ranks = take(g.num_blocks * 4);
+  }
+  layout.bytes = bytes;
+  return layout;
+}
+
 }  // namespace
 
 KernelStatus cuda::SelectWith(KernelChoice choice, const SelectionInput& input,
@@ -41,9 +63,8 @@ KernelStatus cuda::SelectWith(KernelChoice choice, const SelectionInput& input,
   index->dense_from = launch.geometry.dense_from;
   launch.index = *index;
   launch.workspace = static_cast<char*>(workspace);
-  launch.workspace_stride =
-      select::Scratch(nullptr, launch.geometry.n, launch.geometry.num_blocks).bytes;
-  if (launch.workspace_stride * input.num_groups >
+  launch.scratch = Layout(launch.geometry, params.rule == SelectionRule::kCumulative);
+  if (launch.scratch.bytes * input.num_groups >
       SelectionWorkspaceBytes(input.num_groups, input.kv_tokens)) {
     return KernelStatus::kUnsupportedShape;
   }

@@ -30,37 +30,6 @@ using selection::kNothing;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kBins = 2048;
 
-/// Scratch of one group, in global memory. 256-byte aligned parts.
-struct Scratch {
-  uint64_t* column_weights;  // [n]
-  uint64_t* offset_weights;  // [n]
-  uint64_t* local_mass;      // [n + 1]: of offsets [0, i), for i <= local width
-  uint64_t* block_weights;   // [blocks]
-  uint32_t* column_scores;   // [n] keys
-  uint32_t* column_ranks;    // [n]; column_scores itself for kMassPerCost
-  uint32_t* block_scores;    // [blocks]
-  uint32_t* block_ranks;     // [blocks]
-  int64_t bytes;
-
-  __host__ __device__ Scratch(char* memory, int64_t n, int64_t blocks) {
-    char* const begin = memory;
-    const auto take = [&memory](int64_t size) {
-      char* const part = memory;
-      memory += (size + 255) / 256 * 256;
-      return part;
-    };
-    column_weights = reinterpret_cast<uint64_t*>(take(n * 8));
-    offset_weights = reinterpret_cast<uint64_t*>(take(n * 8));
-    local_mass = reinterpret_cast<uint64_t*>(take((n + 1) * 8));
-    block_weights = reinterpret_cast<uint64_t*>(take(blocks * 8));
-    column_scores = reinterpret_cast<uint32_t*>(take(n * 4));
-    column_ranks = reinterpret_cast<uint32_t*>(take(n * 4));
-    block_scores = reinterpret_cast<uint32_t*>(take(blocks * 4));
-    block_ranks = reinterpret_cast<uint32_t*>(take(blocks * 4));
-    bytes = memory - begin;
-  }
-};
-
 /// One number of the columns (vertical logits) and one of the blocks (slash logits).
 struct Pair {
   uint64_t columns, blocks;
@@ -71,10 +40,6 @@ struct Bin {
   uint32_t low, high;
 
   __device__ uint64_t Get() const { return uint64_t{high} << 32 | low; }
-  __device__ void Set(uint64_t value) {
-    low = static_cast<uint32_t>(value);
-    high = static_cast<uint32_t>(value >> 32);
-  }
   __device__ void Add(uint64_t value) {
     const uint32_t word = static_cast<uint32_t>(value);
     uint32_t rest = static_cast<uint32_t>(value >> 32);
@@ -128,16 +93,11 @@ class Selector {
         threshold_scale_(launch.threshold_scale[number]),
         shared_(shared),
         team_(team),
-        scratch_(launch.workspace + group_ * launch.workspace_stride, g_.n, g_.num_blocks),
+        scratch_(launch.workspace + group_ * launch.scratch.bytes),
         thread_(team.rank() * kSelectThreads + static_cast<int>(threadIdx.x)),
         threads_(team.size() * kSelectThreads),
         lane_(threadIdx.x % 32),
-        warp_(threadIdx.x / 32) {
-    if (!cumulative()) {
-      scratch_.column_ranks = scratch_.column_scores;
-      scratch_.block_ranks = scratch_.block_scores;
-    }
-  }
+        warp_(threadIdx.x / 32) {}
 
   __device__ void Run() {
     Weights();
@@ -146,17 +106,40 @@ class Selector {
     team_.Sync();
     ColumnScores();
     if (cumulative()) {
-      CumulativeCuts();
+      Ranks();
     } else {
       column_cut_ = block_cut_ = selection::ThresholdCut(s_.params.threshold, threshold_scale_);
       team_.Sync();
     }
-    ApplyMinima();
-    if (s_.params.max_density < 1.0f) ApplyCap();
+    Cuts();
     WriteIndex();
   }
 
  private:
+  /// What is counted to find a cut, in this order.
+  enum Measure { kColumnMass, kBlockMass, kColumnCount, kBlockCount, kPairs };
+
+  // Scratch: see ScratchLayout.
+  template <typename T>
+  __device__ T* At(int64_t offset) const {
+    return reinterpret_cast<T*>(scratch_ + offset);
+  }
+  __device__ uint64_t* column_weights() const { return At<uint64_t>(s_.scratch.column_weights); }
+  __device__ uint64_t* offset_weights() const { return At<uint64_t>(s_.scratch.offset_weights); }
+  __device__ uint64_t* local_mass() const { return At<uint64_t>(s_.scratch.local_mass); }
+  __device__ uint64_t* block_weights() const { return At<uint64_t>(s_.scratch.block_weights); }
+  __device__ uint32_t* column_scores() const { return At<uint32_t>(s_.scratch.column_scores); }
+  __device__ uint32_t* column_ranks() const { return At<uint32_t>(s_.scratch.column_ranks); }
+  __device__ uint32_t* block_scores() const { return At<uint32_t>(s_.scratch.block_scores); }
+  __device__ uint32_t* block_ranks() const { return At<uint32_t>(s_.scratch.block_ranks); }
+
+  // Sizes, below 2^31.
+  __device__ int n() const { return static_cast<int>(g_.n); }
+  __device__ int blocks() const { return static_cast<int>(g_.num_blocks); }
+  __device__ int sinks() const { return static_cast<int>(g_.sinks); }
+  __device__ int columns_end() const { return static_cast<int>(g_.columns_end); }
+  __device__ int local_blocks() const { return static_cast<int>(g_.local_blocks); }
+
   __device__ bool cumulative() const { return s_.params.rule == SelectionRule::kCumulative; }
 
   /// Both reduced over the team, for every thread; a barrier. `op` of 0 and x is x.
@@ -189,11 +172,23 @@ class Selector {
     return lane_ < team_.size() ? *team_.In(lane_, place) : Pair{0, 0};
   }
 
+  /// Inclusive prefix sum over this block's threads.
+  __device__ uint64_t BlockScan(uint64_t value) {
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const uint64_t left = __shfl_up_sync(kAllLanes, value, offset);
+      if (lane_ >= offset) value += left;
+    }
+    __syncthreads();
+    if (lane_ == 31) shared_.partial[warp_].columns = value;
+    __syncthreads();
+    return value + WarpSum(lane_ < warp_ ? shared_.partial[lane_].columns : 0);
+  }
+
   __device__ void Weights() {
     const float* vertical = s_.input.vertical_logits + group_ * s_.input.logit_stride;
     const float* slash = s_.input.slash_logits + group_ * s_.input.logit_stride;
     uint32_t column_key = 0, offset_key = 0;
-    for (int64_t i = thread_; i < g_.n; i += threads_) {
+    for (int i = thread_; i < n(); i += threads_) {
       column_key = max(column_key, OrderKey(selection::Sanitize(vertical[i])));
       offset_key = max(offset_key, OrderKey(selection::Sanitize(slash[i])));
     }
@@ -201,11 +196,12 @@ class Selector {
     const float column_max = FromOrderKey(static_cast<uint32_t>(keys.columns));
     const float offset_max = FromOrderKey(static_cast<uint32_t>(keys.blocks));
     Pair sums = {0, 0};
-    for (int64_t i = thread_; i < g_.n; i += threads_) {
+#pragma unroll 1
+    for (int i = thread_; i < n(); i += threads_) {
       const uint64_t column = selection::Weight(selection::Sanitize(vertical[i]), column_max);
       const uint64_t offset = selection::Weight(selection::Sanitize(slash[i]), offset_max);
-      scratch_.column_weights[i] = column;
-      scratch_.offset_weights[i] = offset;
+      column_weights()[i] = column;
+      offset_weights()[i] = offset;
       sums.columns += column;
       sums.blocks += offset;
     }
@@ -215,130 +211,141 @@ class Selector {
   /// Prefix sums of the mass that the local band's offsets give an average column; one block.
   __device__ void LocalMass() {
     if (team_.rank() != 0) return;
-    const int64_t width = min(g_.n, g_.local_width);
+    const int width = static_cast<int>(min(g_.n, g_.local_width));
     const double unit = selection::OffsetUnit(g_.n, sums_.blocks);
     uint64_t carry = 0;
-    for (int64_t first = 0; first < width; first += kSelectThreads) {
-      const int64_t o = first + threadIdx.x;
-      uint64_t mass =
-          o < width ? selection::OffsetMass(scratch_.offset_weights[o], g_.n, o, unit) : 0;
-      for (int offset = 1; offset < 32; offset *= 2) {
-        const uint64_t left = __shfl_up_sync(kAllLanes, mass, offset);
-        if (lane_ >= offset) mass += left;
-      }
+#pragma unroll 1
+    for (int first = 0; first < width; first += kSelectThreads) {
+      const int o = first + static_cast<int>(threadIdx.x);
+      const uint64_t mass =
+          o < width ? selection::OffsetMass(offset_weights()[o], g_.n, o, unit) : 0;
+      const uint64_t sum = carry + BlockScan(mass);
+      if (o < width) local_mass()[o + 1] = sum;
+      // The last thread's sum goes on to the next round.
       __syncthreads();
-      if (lane_ == 31) shared_.partial[warp_].columns = mass;
+      if (threadIdx.x == kSelectThreads - 1) shared_.above = sum;
       __syncthreads();
-      const uint64_t of_warp = shared_.partial[lane_].columns;
-      mass += carry + WarpSum(lane_ < warp_ ? of_warp : 0);
-      carry += WarpSum(of_warp);
-      if (o < width) scratch_.local_mass[o + 1] = mass;
+      carry = shared_.above;
     }
-    if (threadIdx.x == 0) scratch_.local_mass[0] = 0;
+    if (threadIdx.x == 0) local_mass()[0] = 0;
   }
 
   /// One warp per block of distances.
   __device__ void BlockScores() {
     const double unit = selection::BlockUnit(g_, sums_.blocks);
-    for (int64_t b = thread_ / 32; b < g_.num_blocks; b += threads_ / 32) {
-      const int64_t begin = max(int64_t{0}, b * kBandBlock - g_.row_tile + 1);
-      const int64_t end = min(g_.n, (b + 1) * kBandBlock);
+#pragma unroll 1
+    for (int b = thread_ / 32; b < blocks(); b += threads_ / 32) {
+      const int begin = max(0, b * kBandBlock - static_cast<int>(g_.row_tile) + 1);
+      const int end = min(n(), (b + 1) * kBandBlock);
       uint64_t weight = 0;
-      for (int64_t o = begin + lane_; o < end; o += 32) {
-        weight += scratch_.offset_weights[o] *
-                  static_cast<uint64_t>(selection::BlockOverlap(b, o, g_.row_tile));
+      for (int o = begin + lane_; o < end; o += 32) {
+        weight +=
+            offset_weights()[o] * static_cast<uint64_t>(selection::BlockOverlap(b, o, g_.row_tile));
       }
       weight = WarpSum(weight);
       if (lane_ == 0) {
-        scratch_.block_weights[b] = weight;
-        scratch_.block_scores[b] = selection::Key(selection::BlockScore(weight, g_, b, unit));
+        block_weights()[b] = weight;
+        block_scores()[b] = selection::Key(selection::BlockScore(weight, g_, b, unit));
       }
     }
   }
 
   __device__ void ColumnScores() {
-    const int64_t width = min(g_.n, g_.local_width);
+    const int width = static_cast<int>(min(g_.n, g_.local_width));
     const double unit = selection::OffsetUnit(g_.n, sums_.columns);
-    for (int64_t j = g_.sinks + thread_; j < g_.columns_end; j += threads_) {
-      scratch_.column_scores[j] = selection::Key(selection::ColumnScore(
-          scratch_.column_weights[j], g_, j, unit, scratch_.local_mass[min(width, g_.n - j)]));
+#pragma unroll 1
+    for (int j = sinks() + thread_; j < columns_end(); j += threads_) {
+      column_scores()[j] = selection::Key(selection::ColumnScore(
+          column_weights()[j], g_, j, unit, local_mass()[min(width, n() - j)]));
     }
   }
 
-  __device__ void CumulativeCuts() {
+  /// Ranks of kCumulative, and the mass of the forced part.
+  __device__ void Ranks() {
     Pair forced = {0, 0};
-    for (int64_t j = thread_; j < g_.n; j += threads_) {
-      const uint64_t weight = scratch_.column_weights[j];
-      if (j < g_.sinks || j >= g_.columns_end) {
+    for (int j = thread_; j < n(); j += threads_) {
+      const uint64_t weight = column_weights()[j];
+      if (j < sinks() || j >= columns_end()) {
         forced.columns += weight;
       } else {
-        scratch_.column_ranks[j] = selection::Key(selection::WeightScore(weight));
+        column_ranks()[j] = selection::Key(selection::WeightScore(weight));
       }
     }
-    for (int64_t b = thread_; b < g_.num_blocks; b += threads_) {
-      const uint64_t weight = scratch_.block_weights[b];
-      if (b < g_.local_blocks) {
+    for (int b = thread_; b < blocks(); b += threads_) {
+      const uint64_t weight = block_weights()[b];
+      if (b < local_blocks()) {
         forced.blocks += weight;
       } else {
-        scratch_.block_ranks[b] = selection::Key(selection::WeightScore(weight));
+        block_ranks()[b] = selection::Key(selection::WeightScore(weight));
       }
     }
-    forced = Reduce(forced, Add());
-    const float tau_v = s_.params.tau_vertical, tau_s = s_.params.tau_slash;
-    if (tau_v < 1.0f) {
-      column_cut_ = Reach(selection::CumulativeTarget(tau_v, sums_.columns, forced.columns),
-                          [&](uint32_t low, int shift, int bits) {
-                            CountColumns(scratch_.column_ranks, low, shift, bits,
-                                         [&](int64_t j) { return scratch_.column_weights[j]; });
-                          });
-    }
-    if (tau_s < 1.0f) {
-      const uint64_t sum = sums_.blocks * static_cast<uint64_t>(g_.row_tile);
-      block_cut_ = Reach(selection::CumulativeTarget(tau_s, sum, forced.blocks),
-                         [&](uint32_t low, int shift, int bits) {
-                           CountBlocks(scratch_.block_ranks, low, shift, bits,
-                                       [&](int64_t b) { return scratch_.block_weights[b]; });
-                         });
+    forced_ = Reduce(forced, Add());
+  }
+
+  /// Cuts by the rule, then lowered by the minima, then raised by the cap.
+  __device__ void Cuts() {
+#pragma unroll 1  // one copy of Reach: cold instructions cost more than the loop
+    for (int measure = cumulative() ? kColumnMass : kColumnCount; measure <= kPairs; ++measure) {
+      const uint64_t target = Target(measure);
+      const uint32_t cut = target == 0 ? kNothing : Reach(target, measure);
+      switch (measure) {
+        case kColumnMass:
+          column_cut_ = s_.params.tau_vertical < 1.0f ? cut : 0;
+          break;
+        case kBlockMass:
+          block_cut_ = s_.params.tau_slash < 1.0f ? cut : 0;
+          break;
+        case kColumnCount:
+          column_cut_ = min(column_cut_, cut);
+          break;
+        case kBlockCount:
+          block_cut_ = min(block_cut_, cut);
+          break;
+        default:
+          if (target != 0) cap_cut_ = 1 + cut;
+      }
     }
   }
 
-  /// Lowers the cuts until enough candidates of each kind are in.
-  __device__ void ApplyMinima() {
-    const auto one = [](int64_t) { return uint64_t{1}; };
-    const int64_t columns = selection::MinimumCount(s_.params.min_vertical_ratio, g_.n, g_.sinks);
-    const int64_t blocks =
-        selection::MinimumCount(s_.params.min_slash_ratio, g_.num_blocks, g_.local_blocks);
-    column_cut_ = min(column_cut_,
-                      Reach(static_cast<uint64_t>(columns), [&](uint32_t low, int shift, int bits) {
-                        CountColumns(scratch_.column_ranks, low, shift, bits, one);
-                      }));
-    block_cut_ = min(block_cut_,
-                     Reach(static_cast<uint64_t>(blocks), [&](uint32_t low, int shift, int bits) {
-                       CountBlocks(scratch_.block_ranks, low, shift, bits, one);
-                     }));
+  /// What the candidates have to reach; 0: nothing, which for kPairs means that the cap is no limit
+  /// (or that it leaves nothing, and cap_cut_ is set).
+  __device__ uint64_t Target(int measure) {
+    const SelectionParams& params = s_.params;
+    switch (measure) {
+      case kColumnMass:
+        return params.tau_vertical < 1.0f ? selection::CumulativeTarget(
+                                                params.tau_vertical, sums_.columns, forced_.columns)
+                                          : 0;
+      case kBlockMass:
+        return params.tau_slash < 1.0f
+                   ? selection::CumulativeTarget(params.tau_slash,
+                                                 sums_.blocks * static_cast<uint64_t>(g_.row_tile),
+                                                 forced_.blocks)
+                   : 0;
+      case kColumnCount:
+        return selection::MinimumCount(params.min_vertical_ratio, g_.n, g_.sinks);
+      case kBlockCount:
+        return selection::MinimumCount(params.min_slash_ratio, g_.num_blocks, g_.local_blocks);
+      default:
+        return params.max_density < 1.0f ? PairsOverBudget() : 0;
+    }
   }
 
-  /// Raises both cuts together until the estimated density is within the cap.
-  __device__ void ApplyCap() {
-    const auto column_pairs = [&](int64_t j) -> uint64_t {
-      return scratch_.column_ranks[j] >= column_cut_ ? selection::ColumnPairs(g_, j) : 0;
-    };
-    const auto block_pairs = [&](int64_t b) -> uint64_t {
-      return scratch_.block_ranks[b] >= block_cut_ ? selection::BlockPairs(g_, b) : 0;
-    };
+  /// One more than the pairs left for candidates, or 0 if those inside the cuts are not more.
+  __device__ uint64_t PairsOverBudget() {
     uint64_t forced = 0, total = 0;
-    for (int64_t j = thread_; j < g_.columns_end; j += threads_) {
-      if (j < g_.sinks) {
+    for (int j = thread_; j < columns_end(); j += threads_) {
+      if (j < sinks()) {
         forced += selection::ColumnPairs(g_, j);
       } else {
-        total += column_pairs(j);
+        total += Amount(kPairs, true, j);
       }
     }
-    for (int64_t b = thread_; b < g_.num_blocks; b += threads_) {
-      if (b < g_.local_blocks) {
+    for (int b = thread_; b < blocks(); b += threads_) {
+      if (b < local_blocks()) {
         forced += selection::BlockPairs(g_, b);
       } else {
-        total += block_pairs(b);
+        total += Amount(kPairs, false, b);
       }
     }
     const Pair sums = Reduce({forced, total}, Add());
@@ -346,55 +353,60 @@ class Selector {
         selection::PairBudget(g_, s_.params.max_density, static_cast<int64_t>(sums.columns));
     if (budget < 0) {
       cap_cut_ = kNothing;
-    } else if (sums.blocks > static_cast<uint64_t>(budget)) {
-      cap_cut_ =
-          1 + Reach(static_cast<uint64_t>(budget) + 1, [&](uint32_t low, int shift, int bits) {
-            CountColumns(scratch_.column_scores, low, shift, bits, column_pairs);
-            CountBlocks(scratch_.block_scores, low, shift, bits, block_pairs);
-          });
+      return 0;
+    }
+    return sums.blocks > static_cast<uint64_t>(budget) ? static_cast<uint64_t>(budget) + 1 : 0;
+  }
+
+  /// What candidate column or block `i` contributes.
+  __device__ uint64_t Amount(int measure, bool column, int i) const {
+    switch (measure) {
+      case kColumnMass:
+        return column_weights()[i];
+      case kBlockMass:
+        return block_weights()[i];
+      case kPairs:
+        if (column) {
+          return column_ranks()[i] >= column_cut_ ? selection::ColumnPairs(g_, i) : 0;
+        }
+        return block_ranks()[i] >= block_cut_ ? selection::BlockPairs(g_, i) : 0;
+      default:
+        return 1;
     }
   }
 
   /// Adds candidates whose key lies in [low, low + 2^bits * 2^shift) to this block's histogram.
-  template <typename Amount>
-  __device__ void Count(const uint32_t* keys, int64_t begin, int64_t end, uint32_t low, int shift,
-                        int bits, const Amount& amount) {
-    for (int64_t i = begin + thread_; i < end; i += threads_) {
-      if (keys[i] < low) continue;
-      const uint32_t bin = (keys[i] - low) >> shift;
-      if (bin < (1u << bits)) shared_.histogram[bin].Add(amount(i));
+  __device__ void Count(int measure, uint32_t low, int shift, int bits) {
+    const auto count = [&](const uint32_t* keys, int begin, int end, bool column) {
+      for (int i = begin + thread_; i < end; i += threads_) {
+        if (keys[i] < low) continue;
+        const uint32_t bin = (keys[i] - low) >> shift;
+        if (bin < (1u << bits)) shared_.histogram[bin].Add(Amount(measure, column, i));
+      }
+    };
+    // The cap ranks both kinds together, by score; each kind's own rule ranks it by itself.
+    if (measure != kBlockMass && measure != kBlockCount) {
+      count(measure == kPairs ? column_scores() : column_ranks(), sinks(), columns_end(), true);
+    }
+    if (measure != kColumnMass && measure != kColumnCount) {
+      count(measure == kPairs ? block_scores() : block_ranks(), local_blocks(), blocks(), false);
     }
   }
-  template <typename Amount>
-  __device__ void CountColumns(const uint32_t* keys, uint32_t low, int shift, int bits,
-                               const Amount& amount) {
-    Count(keys, g_.sinks, g_.columns_end, low, shift, bits, amount);
-  }
-  template <typename Amount>
-  __device__ void CountBlocks(const uint32_t* keys, uint32_t low, int shift, int bits,
-                              const Amount& amount) {
-    Count(keys, g_.local_blocks, g_.num_blocks, low, shift, bits, amount);
-  }
 
-  /// The largest cut for which {key >= cut} reaches `target`; kNothing for 0, 0 if all is not
-  /// enough. count(low, shift, bits) counts the candidates of a range of keys.
-  template <typename CountRange>
-  __device__ uint32_t Reach(uint64_t target, const CountRange& count) {
-    if (target == 0) return kNothing;
+  /// The largest cut for which {key >= cut} reaches `target` > 0; 0 if all is not enough.
+  __device__ uint32_t Reach(uint64_t target, int measure) {
     uint32_t low = 0;
     uint64_t above = 0;
+#pragma unroll 1
     for (int level = 0; level < 3; ++level) {
       const int shift = level == 0 ? 20 : level == 1 ? 9 : 0;
       const int bits = level == 2 ? 9 : 11;
       __syncthreads();
-      for (int i = threadIdx.x; i < kBins; i += kSelectThreads) shared_.histogram[i].Set(0);
+      for (int i = threadIdx.x; i < kBins; i += kSelectThreads) shared_.histogram[i] = {0, 0};
       __syncthreads();
-      count(low, shift, bits);
+      Count(measure, low, shift, bits);
       team_.Sync();
-      if (team_.rank() == 0) {
-        AddHistograms();
-        if (warp_ == 0) FindBin(target, low, shift, above);
-      }
+      if (team_.rank() == 0) FindBin(target, low, shift, above);
       team_.Sync();
       low = *team_.In(0, &shared_.low);
       above = *team_.In(0, &shared_.above);
@@ -403,67 +415,52 @@ class Selector {
     return low;
   }
 
-  /// Adds the other blocks' histograms to this one's.
-  __device__ void AddHistograms() {
-    if (team_.size() == 1) return;
-    for (int bin = threadIdx.x; bin < kBins; bin += kSelectThreads) {
-      uint64_t sum = 0;
-      for (int rank = 0; rank < team_.size(); ++rank) {
-        sum += team_.In(rank, &shared_.histogram[bin])->Get();
-      }
-      shared_.histogram[bin].Set(sum);
-    }
-    __syncthreads();
-  }
-
-  /// Walks the bins from the top until `target` is reached. One warp; lane 0 has the highest bins.
+  /// Walks the team's bins from the top until `target` is reached. One block; a thread has two
+  /// bins, the first thread the highest.
   __device__ void FindBin(uint64_t target, uint32_t low, int shift, uint64_t above) {
-    constexpr int kBinsPerLane = kBins / 32;
-    const int top = kBins - 1 - lane_ * kBinsPerLane;
-    uint64_t own = 0;
-    for (int i = 0; i < kBinsPerLane; ++i) own += shared_.histogram[top - i].Get();
-    uint64_t upto = own;
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const uint64_t left = __shfl_up_sync(kAllLanes, upto, offset);
-      if (lane_ >= offset) upto += left;
+    static_assert(kBins == 2 * kSelectThreads);
+    const int top = kBins - 1 - 2 * static_cast<int>(threadIdx.x);
+    uint64_t upper = 0, lower = 0;
+    for (int rank = 0; rank < team_.size(); ++rank) {
+      const Bin* bins = team_.In(rank, &shared_.histogram[top - 1]);
+      upper += bins[1].Get();
+      lower += bins[0].Get();
     }
-    const unsigned reached = __ballot_sync(kAllLanes, above + upto >= target);
-    if (reached == 0) {
-      if (lane_ == 0) shared_.low = kNothing;
-    } else if (lane_ == __ffs(reached) - 1) {
-      uint64_t sum = above + upto - own;
-      int bin = top;
-      while (sum + shared_.histogram[bin].Get() < target) sum += shared_.histogram[bin--].Get();
-      shared_.low = low + (static_cast<uint32_t>(bin) << shift);
-      shared_.above = sum;
+    const uint64_t upto = above + BlockScan(upper + lower);
+    const uint64_t before = upto - upper - lower;
+    if (before < target && upto >= target) {
+      const bool first = before + upper >= target;
+      shared_.low = low + (static_cast<uint32_t>(first ? top : top - 1) << shift);
+      shared_.above = first ? before : before + upper;
     }
+    if (threadIdx.x == kSelectThreads - 1 && upto < target) shared_.low = kNothing;
   }
 
-  __device__ bool KeepColumn(int64_t j) const {
-    return j < g_.columns_end && (j < g_.sinks || (scratch_.column_ranks[j] >= column_cut_ &&
-                                                   scratch_.column_scores[j] >= cap_cut_));
+  __device__ bool KeepColumn(int j) const {
+    return j < columns_end() &&
+           (j < sinks() || (column_ranks()[j] >= column_cut_ && column_scores()[j] >= cap_cut_));
   }
-  __device__ bool KeepBlock(int64_t b) const {
-    return b < g_.num_blocks && (b < g_.local_blocks || (scratch_.block_ranks[b] >= block_cut_ &&
-                                                         scratch_.block_scores[b] >= cap_cut_));
+  __device__ bool KeepBlock(int b) const {
+    return b < blocks() && (b < local_blocks() ||
+                            (block_ranks()[b] >= block_cut_ && block_scores()[b] >= cap_cut_));
   }
 
   /// This warp's contiguous share of [0, count), in whole words of 32.
   struct Share {
-    int64_t begin, end;
+    int begin, end;
   };
-  __device__ Share ShareOf(int64_t count) const {
-    const int64_t words = (count + 31) / 32;
-    const int64_t per_warp = (words + threads_ / 32 - 1) / (threads_ / 32);
-    const int64_t begin = thread_ / 32 * per_warp * 32;
+  __device__ Share ShareOf(int count) const {
+    const int words = (count + 31) / 32, warps = threads_ / 32;
+    const int per_warp = (words + warps - 1) / warps;
+    const int begin = thread_ / 32 * per_warp * 32;
     return {begin, min(begin + per_warp * 32, words * 32)};
   }
 
   __device__ void WriteIndex() {
-    const Share columns = ShareOf(g_.columns_end), blocks = ShareOf(g_.num_blocks);
+    const Share columns = ShareOf(columns_end()), distances = ShareOf(blocks());
     Pair own = {0, 0};
-    for (int64_t j = columns.begin + lane_; j < columns.end; j += 32) own.columns += KeepColumn(j);
-    for (int64_t b = blocks.begin + lane_; b < blocks.end; b += 32) own.blocks += KeepBlock(b);
+    for (int j = columns.begin + lane_; j < columns.end; j += 32) own.columns += KeepColumn(j);
+    for (int b = distances.begin + lane_; b < distances.end; b += 32) own.blocks += KeepBlock(b);
     own = {WarpSum(own.columns), WarpSum(own.blocks)};
     __syncthreads();
     if (lane_ == 0) shared_.partial[warp_] = own;
@@ -484,16 +481,16 @@ class Selector {
     int32_t* bands = s_.index.bands + group_ * s_.index.band_list_stride;
     uint32_t* bits = s_.index.band_bits + group_ * s_.index.band_stride;
     const unsigned lower_lanes = (1u << lane_) - 1;
-    for (int64_t j = columns.begin + lane_; j < columns.end; j += 32) {
+    for (int j = columns.begin + lane_; j < columns.end; j += 32) {
       const bool kept = KeepColumn(j);
       const unsigned mask = __ballot_sync(kAllLanes, kept);
-      if (kept) verticals[before.columns + __popc(mask & lower_lanes)] = static_cast<int32_t>(j);
+      if (kept) verticals[before.columns + __popc(mask & lower_lanes)] = j;
       before.columns += __popc(mask);
     }
-    for (int64_t b = blocks.begin + lane_; b < blocks.end; b += 32) {
+    for (int b = distances.begin + lane_; b < distances.end; b += 32) {
       const bool kept = KeepBlock(b);
       const unsigned mask = __ballot_sync(kAllLanes, kept);
-      if (kept) bands[before.blocks + __popc(mask & lower_lanes)] = static_cast<int32_t>(b);
+      if (kept) bands[before.blocks + __popc(mask & lower_lanes)] = b;
       if (lane_ == 0) bits[b / 32] = mask;
       before.blocks += __popc(mask);
     }
@@ -510,11 +507,12 @@ class Selector {
   const float threshold_scale_;
   Shared& shared_;
   const Team team_;
-  Scratch scratch_;
+  char* const scratch_;         // this group's
   const int thread_, threads_;  // in the team
   const int lane_, warp_;       // in the block
   int exchanges_ = 0;
-  Pair sums_ = {0, 0};  // of all weights
+  Pair sums_ = {0, 0};    // of all weights
+  Pair forced_ = {0, 0};  // of the forced part's (kCumulative)
   uint32_t column_cut_ = 0, block_cut_ = 0, cap_cut_ = 0;
 };
 

@@ -17,12 +17,12 @@
 // They take turns, so that their phases stay apart.
 //
 // Shared memory, 16-byte chunk c of row r at c ^ (r % 8), the layout of TMA and wgmma:
-//   features      [2 head_dim / 64][192 tokens][64 elements]   96 KiB at head_dim 128
-//   w1            ring of slices [128 units][64 elements]      16 KiB each
+//   features      [3 consumers][2 head_dim / 64][64 tokens][64 elements]   96 KiB at head_dim 128
+//   w1            ring of slices [128 units][64 elements]                  16 KiB each
 //   coefficients  ring of tiles: b1 / 2 and w2 of 128 units; zeros past the last unit
 //
-// Producer warps: 0 loads w1, 1 writes coefficients, 2 loads features; no two ever wait for each
-// other. Features are asked for as soon as the last item's are in registers.
+// Producer warps: 0 loads w1 and, once a consumer has its features in registers, those of the next
+// item; 1 writes coefficients.
 #include <algorithm>
 #include <climits>
 
@@ -44,9 +44,9 @@ constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kProducerRegisters = 32;
 constexpr int kConsumerRegisters = 160;
 constexpr int kConsumerWarps = kConsumers * 4;
-constexpr int kCoefficientTiles = 4;  // in the ring
-constexpr int kTurnBarrier = 1;       // named barrier 1 + w: it is consumer w's turn
-constexpr int kFeatureSlice = kTokens * 128;
+constexpr int kCoefficientTiles = 4;     // in the ring
+constexpr int kTurnBarrier = 1;          // named barrier 1 + w: it is consumer w's turn
+constexpr int kFeaturePiece = 64 * 128;  // bytes of 64 features of a consumer's tokens
 constexpr int kW1Slice = kUnits * 128;
 
 template <int kHeadDim>
@@ -65,16 +65,16 @@ struct Coefficients {
 template <int kHeadDim>
 struct alignas(1024) Shared {
   using C = Config<kHeadDim>;
-  uint8_t features[C::kSlices][kFeatureSlice];
+  uint8_t features[kConsumers][C::kSlices][kFeaturePiece];
   uint8_t w1[C::kStages][kW1Slice];
   Coefficients coefficients[kCoefficientTiles];
-  uint64_t features_full[1], features_empty[1];
+  uint64_t features_full[kConsumers], features_empty[kConsumers];
   uint64_t w1_full[C::kStages], w1_empty[C::kStages];
   uint64_t coefficients_full[kCoefficientTiles], coefficients_empty[kCoefficientTiles];
 };
 
 struct IndexerLaunch {
-  CUtensorMap k_map, v_map;  // (element, token, group), boxes of 64 x 192 x 1
+  CUtensorMap k_map, v_map;  // (element, token, group), boxes of 64 x 64 x 1
   CUtensorMap w1_map;        // (element, unit, group), boxes of 64 x 128 x 1
   IndexerParams params;
   int32_t num_items;
@@ -92,33 +92,63 @@ struct Item {
 
 // ---------------------------------------------------------------------------- producers
 
-/// One thread.
+/// Loads the features of one item after the other, a piece (64 tokens, 64 features) at a time.
 template <int kHeadDim>
-__device__ __forceinline__ void LoadFeatures(const IndexerLaunch& launch,
-                                             Shared<kHeadDim>& shared) {
-  constexpr int kSlices = Config<kHeadDim>::kSlices;
-  uint32_t items = 0;
-  for (int number = blockIdx.x; number < launch.num_items; number += gridDim.x) {
-    const Item item(launch, number);
-    WaitEmpty(shared.features_empty, 0, items++ & 1);
-    const uint32_t full = SharedAddress(shared.features_full);
-    BarrierArriveExpect(full, kSlices * kFeatureSlice);
-#pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) {
-      TmaLoad3D(SharedAddress(shared.features[slice]),
-                slice < kSlices / 2 ? &launch.k_map : &launch.v_map, full,
-                slice % (kSlices / 2) * 64, item.token, item.group);
-    }
-  }
-}
+class FeatureLoader {
+ public:
+  static constexpr int kSlices = Config<kHeadDim>::kSlices;
+  static constexpr int kPieces = kConsumers * kSlices;
 
-/// One thread.
+  __device__ __forceinline__ FeatureLoader(const IndexerLaunch& launch, Shared<kHeadDim>& shared)
+      : launch_(launch), shared_(shared), item_(launch, blockIdx.x), number_(blockIdx.x) {}
+
+  /// Starts a piece, unless it would have to wait or all are loaded; returns whether it did.
+  __device__ __forceinline__ bool TryNext() {
+    if (number_ >= launch_.num_items) return false;
+    const int consumer = piece_ / kSlices;
+    if (!BarrierTest(SharedAddress(&shared_.features_empty[consumer]), parity_ ^ 1)) return false;
+    const int slice = piece_ % kSlices;
+    const uint32_t full = SharedAddress(&shared_.features_full[consumer]);
+    if (slice == 0) BarrierArriveExpect(full, kSlices * kFeaturePiece);
+    TmaLoad3D(SharedAddress(shared_.features[consumer][slice]),
+              slice < kSlices / 2 ? &launch_.k_map : &launch_.v_map, full,
+              slice % (kSlices / 2) * 64, item_.token + consumer * 64, item_.group);
+    if (++piece_ == kPieces) {
+      piece_ = 0;
+      parity_ ^= 1;
+      number_ += gridDim.x;
+      item_ = Item(launch_, number_);
+    }
+    return true;
+  }
+
+  /// Waits until the pieces of item `number` are on their way.
+  __device__ __forceinline__ void Finish(int number) {
+    while (number_ <= number) TryNext();
+  }
+
+ private:
+  const IndexerLaunch& launch_;
+  Shared<kHeadDim>& shared_;
+  Item item_;
+  int number_;
+  int piece_ = 0;
+  uint32_t parity_ = 0;
+};
+
+/// Loads w1, and between its slices the features of the next item: the copy engine works in order,
+/// and w1 from L2 would wait behind 96 KiB from memory. One thread.
 template <int kHeadDim>
-__device__ __forceinline__ void LoadW1(const IndexerLaunch& launch, Shared<kHeadDim>& shared) {
+__device__ __forceinline__ void Load(const IndexerLaunch& launch, Shared<kHeadDim>& shared) {
   using C = Config<kHeadDim>;
+  FeatureLoader<kHeadDim> features(launch, shared);
+  // Done by the middle of the item.
+  const int pieces = static_cast<int>(
+      CeilDiv(2 * FeatureLoader<kHeadDim>::kPieces, launch.num_tiles * C::kSlices));
   uint32_t slices = 0;
   for (int number = blockIdx.x; number < launch.num_items; number += gridDim.x) {
     const Item item(launch, number);
+    features.Finish(number);
     for (int tile = 0; tile < launch.num_tiles; ++tile) {
       for (int slice = 0; slice < C::kSlices; ++slice) {
         const Slot<C::kStages> slot(slices++);
@@ -127,6 +157,8 @@ __device__ __forceinline__ void LoadW1(const IndexerLaunch& launch, Shared<kHead
         BarrierArriveExpect(full, kW1Slice);
         TmaLoad3D(SharedAddress(shared.w1[slot.index]), &launch.w1_map, full, slice * 64,
                   tile * kUnits, item.group);
+        for (int i = 0; i < pieces && features.TryNext(); ++i) {
+        }
       }
     }
   }
@@ -224,8 +256,9 @@ struct Sums {
     }
   }
 
-  /// Writes the logits; `token`: of the thread's first row. Called by a whole warp.
+  /// Writes the logits; `token`: of the thread's first row, negative: none. A whole warp.
   __device__ __forceinline__ void Store(const IndexerParams& params, int group, int token) {
+    if (token < 0) return;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
 #pragma unroll
@@ -247,24 +280,27 @@ __device__ __forceinline__ void Consume(const IndexerLaunch& launch, Shared<kHea
   const int lane = threadIdx.x % 32;
   const int first_row = consumer * 64 + threadIdx.x % kWarpgroup / 32 * 16;  // of this warp
   const int next_consumer = consumer == kConsumers - 1 ? 0 : consumer + 1;
-  const uint32_t rows_shared = SharedAddress(shared.features) + (first_row + lane % 16) * 128;
+  const uint32_t rows_shared = SharedAddress(shared.features[consumer]) +
+                               (threadIdx.x % kWarpgroup / 32 * 16 + lane % 16) * 128;
   if (consumer == kConsumers - 1) NamedBarrierArrive(kTurnBarrier, 2 * kWarpgroup);  // 0 starts
 
   uint32_t items = 0, tiles = 0, slices = 0;
+  Sums sums, last_sums;
+  int last_group = 0, last_token = -1;
   for (int number = blockIdx.x; number < launch.num_items; number += gridDim.x) {
     const Item item(launch, number);
     uint32_t features[C::kSteps][4];
-    WaitFull(shared.features_full, 0, items++ & 1);
+    WaitFull(shared.features_full, consumer, items++ & 1);
 #pragma unroll
     for (int step = 0; step < C::kSteps; ++step) {
-      LoadMatrix4(features[step], rows_shared + step / 4 * kFeatureSlice +
+      LoadMatrix4(features[step], rows_shared + step / 4 * kFeaturePiece +
                                       ((step % 4 * 2 + lane / 16) ^ (lane % 8)) * 16);
     }
     Normalise<C::kSteps / 2>(features);
     Normalise<C::kSteps / 2>(features + C::kSteps / 2);
-    BarrierArrive(SharedAddress(shared.features_empty));  // each lane
+    BarrierArrive(SharedAddress(&shared.features_empty[consumer]));  // each lane
 
-    Sums sums;
+    sums = Sums();
     for (int tile = 0; tile < launch.num_tiles; ++tile) {
       float x[kUnits / 2];
       NamedBarrierSync(kTurnBarrier + consumer, 2 * kWarpgroup);
@@ -292,6 +328,8 @@ __device__ __forceinline__ void Consume(const IndexerLaunch& launch, Shared<kHea
         reading = SharedAddress(&shared.w1_empty[slot.index]);
       }
       NamedBarrierArrive(kTurnBarrier + next_consumer, 2 * kWarpgroup);
+      // The logits of the last item, under the first product of this one.
+      if (tile == 0) last_sums.Store(launch.params, last_group, last_token);
       WgmmaWait<0>();
       PinRegisters(x);
       release();
@@ -300,8 +338,11 @@ __device__ __forceinline__ void Consume(const IndexerLaunch& launch, Shared<kHea
       sums.Add(x, shared.coefficients[slot.index]);
       BarrierArrive(SharedAddress(&shared.coefficients_empty[slot.index]));  // each lane
     }
-    sums.Store(launch.params, item.group, item.token + first_row + lane / 4);
+    last_sums = sums;
+    last_group = item.group;
+    last_token = item.token + first_row + lane / 4;
   }
+  last_sums.Store(launch.params, last_group, last_token);
   if (consumer == 0) NamedBarrierSync(kTurnBarrier, 2 * kWarpgroup);  // the turn left over
 }
 
@@ -314,8 +355,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     // The swizzle counts from 1024-byte boundaries.
     if (SharedAddress(&shared) % 1024 != 0) __trap();
-    BarrierInit(SharedAddress(shared.features_full), 1);
-    BarrierInit(SharedAddress(shared.features_empty), kConsumers * kWarpgroup);
+    for (int i = 0; i < kConsumers; ++i) {
+      BarrierInit(SharedAddress(&shared.features_full[i]), 1);
+      BarrierInit(SharedAddress(&shared.features_empty[i]), kWarpgroup);
+    }
     for (int i = 0; i < C::kStages; ++i) {
       BarrierInit(SharedAddress(&shared.w1_full[i]), 1);
       BarrierInit(SharedAddress(&shared.w1_empty[i]), kConsumerWarps);
@@ -331,13 +374,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warpgroup == 0) {
     LowerRegisters<kProducerRegisters>();
     const int warp = Uniform(threadIdx.x / 32);
-    const bool leader = threadIdx.x % 32 == 0;
     if (warp == 0) {
-      if (leader) LoadW1(launch, shared);
+      if (threadIdx.x == 0) Load(launch, shared);
     } else if (warp == 1) {
       WriteCoefficients(launch, shared);
-    } else if (warp == 2) {
-      if (leader) LoadFeatures(launch, shared);
     }
   } else {
     RaiseRegisters<kConsumerRegisters>();
@@ -378,7 +418,7 @@ KernelStatus LaunchIndexerSm90(const IndexerParams& params, cudaStream_t stream)
   sm90::IndexerLaunch launch;
   const auto describe_rows = [&](CUtensorMap* map, const void* rows) {
     return sm90::DescribeTensor(map, rows, {layer.head_dim, input.token_end, layer.num_groups},
-                                {input.token_stride, input.head_stride}, {64, sm90::kTokens, 1});
+                                {input.token_stride, input.head_stride}, {64, 64, 1});
   };
   const int64_t width = 2 * layer.head_dim;
   const bool described =
