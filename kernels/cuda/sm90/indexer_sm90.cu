@@ -266,9 +266,12 @@ struct Sums {
         vertical[row] += __shfl_xor_sync(0xffffffffu, vertical[row], offset);
         slash[row] += __shfl_xor_sync(0xffffffffu, slash[row], offset);
       }
-      if (threadIdx.x % 4 == 0 && token + row * 8 < params.input.token_end) {
-        StoreLogits(params, group, token + row * 8, vertical[row], slash[row]);
-      }
+    }
+    // Of the four lanes that hold a token's sums, the first writes one row and the second the other.
+    const int row = threadIdx.x % 4;
+    if (row < 2 && token + row * 8 < params.input.token_end) {
+      StoreLogits(params, group, token + row * 8, row == 0 ? vertical[0] : vertical[1],
+                  row == 0 ? slash[0] : slash[1]);
     }
   }
 };
