@@ -76,14 +76,15 @@ KernelStatus cuda::SelectWith(KernelChoice choice, const SelectionInput& input,
       launch.threshold_scale[i] =
           input.threshold_scale != nullptr ? input.threshold_scale[first + i] : 1.0f;
     }
-    if (sm90) {
-      const KernelStatus status = LaunchSelectSm90(launch, AsCuda(stream));
-      if (status != KernelStatus::kOk) return status;
-    } else {
+    KernelStatus status =
+        sm90 ? LaunchSelectSm90(launch, AsCuda(stream)) : KernelStatus::kUnsupportedShape;
+    if (status == KernelStatus::kUnsupportedShape) {
       SelectKernel<<<launch.num_groups, kSelectThreads, 0, AsCuda(stream)>>>(launch);
+      status = LaunchStatus();
     }
+    if (status != KernelStatus::kOk) return status;
   }
-  return LaunchStatus();
+  return KernelStatus::kOk;
 }
 
 KernelStatus SelectCuda(const SelectionInput& input, const SelectionParams& params, void* workspace,

@@ -37,7 +37,7 @@ struct SelectLaunch {
   float threshold_scale[kSelectGroups];
 };
 
-/// The Hopper kernel, a cluster per group.
+/// The Hopper kernel, a cluster per group; kUnsupportedShape where one block is as fast.
 KernelStatus LaunchSelectSm90(const SelectLaunch& launch, cudaStream_t stream);
 
 /// SelectCuda with the choice of its kernel, for tests and benchmarks.

@@ -51,8 +51,12 @@ struct Bin {
   }
 };
 
+struct alignas(16) BinPair {
+  Bin first, second;
+};
+
 struct Shared {
-  Bin histogram[kBins];
+  alignas(16) Bin histogram[kBins];
   Pair partial[kSelectWarps];
   Pair exchange[2];
   uint64_t above;  // amount above the bin found
@@ -408,8 +412,8 @@ class Selector {
       team_.Sync();
       if (team_.rank() == 0) FindBin(target, low, shift, above);
       team_.Sync();
-      low = *team_.In(0, &shared_.low);
-      above = *team_.In(0, &shared_.above);
+      low = shared_.low;
+      above = shared_.above;
       if (low == kNothing) return 0;  // only at the first level: later ones hold the amount found
     }
     return low;
@@ -421,19 +425,30 @@ class Selector {
     static_assert(kBins == 2 * kSelectThreads);
     const int top = kBins - 1 - 2 * static_cast<int>(threadIdx.x);
     uint64_t upper = 0, lower = 0;
-    for (int rank = 0; rank < team_.size(); ++rank) {
-      const Bin* bins = team_.In(rank, &shared_.histogram[top - 1]);
-      upper += bins[1].Get();
-      lower += bins[0].Get();
+#pragma unroll  // all loads at once: the way to another block is long
+    for (int rank = 0; rank < kMaxTeam; ++rank) {
+      if (rank >= team_.size()) continue;
+      const BinPair bins =
+          *team_.In(rank, reinterpret_cast<const BinPair*>(&shared_.histogram[top - 1]));
+      upper += bins.second.Get();
+      lower += bins.first.Get();
     }
     const uint64_t upto = above + BlockScan(upper + lower);
     const uint64_t before = upto - upper - lower;
     if (before < target && upto >= target) {
       const bool first = before + upper >= target;
-      shared_.low = low + (static_cast<uint32_t>(first ? top : top - 1) << shift);
-      shared_.above = first ? before : before + upper;
+      Tell(low + (static_cast<uint32_t>(first ? top : top - 1) << shift),
+           first ? before : before + upper);
     }
-    if (threadIdx.x == kSelectThreads - 1 && upto < target) shared_.low = kNothing;
+    if (threadIdx.x == kSelectThreads - 1 && upto < target) Tell(kNothing, 0);
+  }
+
+  /// The bin found, to every block.
+  __device__ void Tell(uint32_t low, uint64_t above) {
+    for (int rank = 0; rank < team_.size(); ++rank) {
+      *team_.In(rank, &shared_.low) = low;
+      *team_.In(rank, &shared_.above) = above;
+    }
   }
 
   __device__ bool KeepColumn(int j) const {

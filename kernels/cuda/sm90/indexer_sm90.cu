@@ -57,9 +57,8 @@ struct Config {
 };
 
 struct Coefficients {
-  float b1[kUnits];  // halved
-  float vertical[kUnits];
-  float slash[kUnits];
+  float b1[kUnits];     // halved
+  float w2[kUnits][2];  // of units 2 i and 2 i + 1: vertical ones, slash ones
 };
 
 template <int kHeadDim>
@@ -183,8 +182,8 @@ __device__ __forceinline__ void WriteCoefficients(const IndexerLaunch& launch,
         const int unit = tile * kUnits + i;
         const bool valid = unit < layer.hidden;
         target.b1[i] = valid ? 0.5f * b1[unit] : 0.0f;
-        target.vertical[i] = valid ? w2[unit] : 0.0f;
-        target.slash[i] = valid ? w2[layer.hidden + unit] : 0.0f;
+        target.w2[i / 2 * 2][i % 2] = valid ? w2[unit] : 0.0f;
+        target.w2[i / 2 * 2 + 1][i % 2] = valid ? w2[layer.hidden + unit] : 0.0f;
       }
       BarrierArrive(SharedAddress(&shared.coefficients_full[slot.index]));  // each lane
     }
@@ -240,18 +239,17 @@ struct Sums {
 #pragma unroll
     for (int n = 0; n < kUnits / 8; ++n) {
       const float2 b1 = *reinterpret_cast<const float2*>(c.b1 + n * 8 + first);
-      const float2 v = *reinterpret_cast<const float2*>(c.vertical + n * 8 + first);
-      const float2 s = *reinterpret_cast<const float2*>(c.slash + n * 8 + first);
+      const float4 w2 = *reinterpret_cast<const float4*>(c.w2[n * 8 + first]);
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const float left = x[n * 4 + row * 2] + b1.x;
         const float right = x[n * 4 + row * 2 + 1] + b1.y;
         const float silu_left = fmaf(left, Tanh(left), left);
         const float silu_right = fmaf(right, Tanh(right), right);
-        vertical[row] = fmaf(v.x, silu_left, vertical[row]);
-        slash[row] = fmaf(s.x, silu_left, slash[row]);
-        vertical[row] = fmaf(v.y, silu_right, vertical[row]);
-        slash[row] = fmaf(s.y, silu_right, slash[row]);
+        vertical[row] = fmaf(w2.x, silu_left, vertical[row]);
+        slash[row] = fmaf(w2.z, silu_left, slash[row]);
+        vertical[row] = fmaf(w2.y, silu_right, vertical[row]);
+        slash[row] = fmaf(w2.w, silu_right, slash[row]);
       }
     }
   }
@@ -267,7 +265,8 @@ struct Sums {
         slash[row] += __shfl_xor_sync(0xffffffffu, slash[row], offset);
       }
     }
-    // Of the four lanes that hold a token's sums, the first writes one row and the second the other.
+    // Of the four lanes that hold a token's sums, the first writes one row and the second the
+    // other.
     const int row = threadIdx.x % 4;
     if (row < 2 && token + row * 8 < params.input.token_end) {
       StoreLogits(params, group, token + row * 8, row == 0 ? vertical[0] : vertical[1],

@@ -1,5 +1,5 @@
-// Selection on Hopper: a cluster of up to eight blocks per KV group, in one launch for all groups.
-// The blocks exchange sums, histograms and counts through each other's shared memory.
+// Selection on Hopper: a cluster of four or eight blocks per KV group, in one launch for all
+// groups. The blocks exchange sums, histograms and counts through each other's shared memory.
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/select_steps.cuh"
 #include "kernels/cuda/sm90/ptx.cuh"
@@ -8,7 +8,8 @@ namespace vsprefill::kernels::cuda {
 namespace sm90 {
 namespace {
 
-constexpr int64_t kTokensPerBlock = 2 * kSelectThreads;  // fewer are not worth another block
+constexpr int64_t kMinTokens = 4097;  // below, a cluster's launch costs more than it saves
+constexpr int64_t kTokensPerBlock = 2 * kSelectThreads;
 
 struct ClusterTeam {
   __device__ int rank() const { return static_cast<int>(ClusterRank()); }
@@ -31,7 +32,8 @@ __global__ void __launch_bounds__(kSelectThreads)
 }  // namespace sm90
 
 KernelStatus LaunchSelectSm90(const SelectLaunch& launch, cudaStream_t stream) {
-  int blocks = 1;
+  if (launch.geometry.n < sm90::kMinTokens) return KernelStatus::kUnsupportedShape;
+  int blocks = 2;
   while (blocks < kMaxTeam && blocks * sm90::kTokensPerBlock < launch.geometry.n) blocks *= 2;
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;

@@ -158,10 +158,10 @@ std::vector<SelectionParams> AllParams() {
   return all;
 }
 
-// On Hopper: clusters of one block and of two.
+// The longer ones: clusters on Hopper.
 TEST(SelectCuda, SmallEqualsReference) {
   for (const SelectionParams& params : AllParams()) Check({3, 3, 700, 0, params}, SelectRef);
-  for (const SelectionParams& params : AllParams()) Check({2, 3, 2500, 0, params}, SelectRef);
+  for (const SelectionParams& params : AllParams()) Check({2, 3, 4100, 0, params}, SelectRef);
   for (int kind = 1; kind <= 4; ++kind) Check({2, 4, 500, 131, {}, kind}, SelectRef);
 }
 
@@ -172,7 +172,7 @@ TEST(SelectCuda, EqualsReference) {
       Check({1, 4, 2500, 1001, params, kind}, SelectRef);
     }
   }
-  for (int64_t n : {1, 2, 63, 64, 65, 127, 128, 129, 200, 1023, 1024, 1025, 2048, 2049, 8193}) {
+  for (int64_t n : {1, 2, 63, 64, 65, 127, 128, 129, 200, 1023, 1024, 1025, 4096, 4097, 8193}) {
     Check({2, 3, n, 0, {}}, SelectRef);
     Check({1, 1, n, n / 2, {}}, SelectRef);
     Check({1, 16, n, 0, {}, 1}, SelectRef);
@@ -181,10 +181,10 @@ TEST(SelectCuda, EqualsReference) {
   Check({70, 2, 300, 0, {}}, SelectRef);  // more groups than one launch takes
 }
 
-// Clusters of one, two, four and eight blocks, with all rules.
+// One block, and clusters of four and eight, with all rules.
 TEST(SelectCuda, EveryLengthEqualsTheCpu) {
   for (const SelectionParams& params : AllParams()) {
-    for (int64_t n : {2047, 2048, 2051, 4100, 8192, 12345, 20003}) {
+    for (int64_t n : {2047, 4096, 4097, 8192, 8193, 12345, 20003}) {
       Check({2, 4, n, n / 3, params, static_cast<int>(n % 5)}, SelectCpu);
     }
   }
