@@ -6,13 +6,13 @@
 #                                          MODEL, IDS: a model with indexer and a prompt, for bench/gpu_service.sh
 #
 # Libraries of torch and CUDA are those of the python3 (or $PYTHON) that can import torch.
-# STEPS="tests base memcheck racecheck synccheck bench torch service" picks steps. Exit code 0: all that ran passed.
+# STEPS="tests base memcheck racecheck synccheck bench torch ratios service" picks steps. Exit code 0: all that ran passed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 dir=${1:-.carry}
 out=${OUT:-gpu_out}
 python=${PYTHON:-python3}
-steps=${STEPS:-tests base memcheck racecheck synccheck bench torch service}
+steps=${STEPS:-tests base memcheck racecheck synccheck bench torch ratios service}
 mkdir -p "$out"
 
 torch=$("$python" -c 'import torch; print(torch.__path__[0])') || {
@@ -51,7 +51,7 @@ step() {
     return
   fi
   local begin=$SECONDS code=0
-  timeout 500 "$@" >"$out/$name.log" 2>&1 || code=$?
+  timeout 560 "$@" >"$out/$name.log" 2>&1 || code=$?
   local note
   note=$(grep -E "^\[  (PASSED|FAILED)  \] [0-9]+ tests?|ERROR SUMMARY|RACECHECK SUMMARY|SKIPPED" \
     "$out/$name.log" | tr '\n' ' ')
@@ -75,8 +75,10 @@ step racecheck "${tests:+$sanitizer}" "$sanitizer" --tool racecheck --error-exit
 step synccheck "${tests:+$sanitizer}" "$sanitizer" --tool synccheck --error-exitcode 9 "$tests" "${small[@]}"
 step bench "$bench" "$bench" --json "$out/kernel_bench.json"
 step torch "$python" "$python" bench/torch_reference.py --json "$out/torch_reference.json"
+step ratios "$python" "$python" bench/kernel_ratios.py "$out/kernel_bench.json" "$out/torch_reference.json" \
+  --json "$out/kernel_ratios.json"
 step service "$(find_program_in vsprefill-server)" env OUT="$out" bench/gpu_service.sh "$dir" "${@:2}"
-for log in bench torch service; do
+for log in bench torch ratios service; do
   if [[ " $steps " == *" $log "* && -f $out/$log.log ]]; then cat "$out/$log.log"; fi
 done
 

@@ -20,12 +20,16 @@
 #include "absl/flags/parse.h"
 #include "absl/flags/usage.h"
 #include "kernels/cuda/attention_kernels.h"
+#include "kernels/cuda/indexer_kernels.h"
+#include "kernels/cuda/select_kernels.h"
 #include "kernels/kernel_set.h"
 
 ABSL_FLAG(std::string, json, "", "also write the figures to this file, as a JSON array");
 ABSL_FLAG(double, seconds, 0.4, "time spent on each figure");
 ABSL_FLAG(int64_t, max_tokens, 131072, "leave out longer sequences");
-ABSL_FLAG(std::string, filter, "", "run only figures whose name contains this");
+ABSL_FLAG(int64_t, min_tokens, 0, "leave out shorter sequences");
+ABSL_FLAG(std::vector<std::string>, filter, {},
+          "run only figures whose names begin with one of these (comma-separated)");
 
 namespace vsprefill::kernels {
 namespace {
@@ -102,7 +106,12 @@ class Bench {
   }
 
   bool Wanted(const std::string& name) const {
-    return name.find(absl::GetFlag(FLAGS_filter)) != std::string::npos;
+    return AnyFilter([&](const std::string& filter) { return name.rfind(filter, 0) == 0; });
+  }
+  /// Whether a name that begins with `beginning` may be wanted.
+  bool MayWant(const std::string& beginning) const {
+    return Wanted(beginning) ||
+           AnyFilter([&](const std::string& filter) { return filter.rfind(beginning, 0) == 0; });
   }
   Stream stream() const { return stream_; }
 
@@ -166,6 +175,11 @@ class Bench {
   }
 
  private:
+  static bool AnyFilter(const std::function<bool(const std::string&)>& matches) {
+    const std::vector<std::string> filters = absl::GetFlag(FLAGS_filter);
+    return filters.empty() || std::any_of(filters.begin(), filters.end(), matches);
+  }
+
   Memory flush_;
   cudaEvent_t begin_, end_;
   cudaStream_t stream_;
@@ -177,7 +191,7 @@ struct Model {
   int q_heads, kv_heads, head_dim;
   int hidden;  // model width
   int mlp;
-  int indexer_hidden;
+  std::vector<int> indexer_hidden;  // the whole operator runs with the first
   std::vector<int64_t> tokens;
 };
 
@@ -266,49 +280,76 @@ struct SyntheticBlocks {
   }
 };
 
+/// One layer's attention over a whole prompt; queries as the service lays them out.
+struct AttentionProblem {
+  Memory q, k, v, out, counts;
+  AttentionShape shape;
+  AttentionSequence sequence;
+
+  AttentionProblem(const Model& m, int64_t n)
+      : q(2 * n * QueryStride(m)),
+        k(2 * n * m.kv_heads * m.head_dim),
+        v(2 * n * m.kv_heads * m.head_dim),
+        out(2 * n * m.q_heads * m.head_dim),
+        counts(sizeof(PairCounts)),
+        shape{m.q_heads, m.kv_heads, m.head_dim, DType::kBF16,
+              1.0f / std::sqrt(static_cast<float>(m.head_dim))} {
+    q.FillBf16(1);
+    k.FillBf16(2);
+    v.FillBf16(3);
+    sequence.q = q.as<void>();
+    sequence.q_token_stride = QueryStride(m);
+    sequence.q_head_stride = m.head_dim;
+    sequence.k = k.as<void>();
+    sequence.v = v.as<void>();
+    sequence.kv_head_stride = n * m.head_dim;
+    sequence.kv_token_stride = m.head_dim;
+    sequence.out = out.as<void>();
+    sequence.out_token_stride = int64_t{m.q_heads} * m.head_dim;
+    sequence.out_head_stride = m.head_dim;
+    sequence.q_tokens = sequence.kv_tokens = n;
+  }
+  static int64_t QueryStride(const Model& m) {
+    return int64_t{m.q_heads + 2 * m.kv_heads} * m.head_dim;
+  }
+  /// Of the sequence with its index; waits for the device.
+  PairCounts Pairs() const {
+    PairCounts pairs;
+    Check(cudaDeviceSynchronize(), "CountPairsCuda");
+    Check(cudaMemset(counts.as<void>(), 0, sizeof(pairs)), "cudaMemset");
+    Check(CountPairsCuda(shape, sequence, counts.as<PairCounts>(), nullptr), "CountPairsCuda");
+    Check(cudaMemcpy(&pairs, counts.as<void>(), sizeof(pairs), cudaMemcpyDeviceToHost),
+          "cudaMemcpy");
+    return pairs;
+  }
+};
+
+double Density(const PairCounts& pairs) {
+  return static_cast<double>(pairs.unmasked) / static_cast<double>(pairs.dense);
+}
+
 void BenchAttention(Bench& bench, const Model& m, int64_t n) {
+  if (!bench.MayWant("attention ")) return;
   const std::string where = std::string(m.name) + " n=" + std::to_string(n);
-  const int64_t q_stride = int64_t{m.q_heads + 2 * m.kv_heads} * m.head_dim;
-  Memory q(2 * n * q_stride), k(2 * n * m.kv_heads * m.head_dim),
-      v(2 * n * m.kv_heads * m.head_dim), out(2 * n * m.q_heads * m.head_dim),
-      counts(sizeof(PairCounts));
-  q.FillBf16(1);
-  k.FillBf16(2);
-  v.FillBf16(3);
-  const AttentionShape shape{m.q_heads, m.kv_heads, m.head_dim, DType::kBF16,
-                             1.0f / std::sqrt(static_cast<float>(m.head_dim))};
-  AttentionSequence s;
-  s.q = q.as<void>();
-  s.q_token_stride = q_stride;
-  s.q_head_stride = m.head_dim;
-  s.k = k.as<void>();
-  s.v = v.as<void>();
-  s.kv_head_stride = n * m.head_dim;
-  s.kv_token_stride = m.head_dim;
-  s.out = out.as<void>();
-  s.out_token_stride = int64_t{m.q_heads} * m.head_dim;
-  s.out_head_stride = m.head_dim;
-  s.q_tokens = s.kv_tokens = n;
+  AttentionProblem p(m, n);
+  const AttentionShape& shape = p.shape;
+  AttentionSequence& s = p.sequence;
   const auto run = [&](const std::string& name, const SparseIndexView* index,
                        const TileIndexView* tiles = nullptr) {
     if (!bench.Wanted(name)) return;
     s.index = index;
     s.tiles = tiles;
-    PairCounts pairs;
-    Check(cudaMemset(counts.as<void>(), 0, sizeof(pairs)), "cudaMemset");
-    Check(CountPairsCuda(shape, s, counts.as<PairCounts>(), nullptr), "CountPairsCuda");
-    Check(cudaMemcpy(&pairs, counts.as<void>(), sizeof(pairs), cudaMemcpyDeviceToHost),
-          "cudaMemcpy");
-    const cuda::Bf16Kernel kernel = name.find("generic") != std::string::npos
-                                        ? cuda::Bf16Kernel::kGeneric
-                                        : cuda::Bf16Kernel::kFastest;
+    const PairCounts pairs = p.Pairs();
+    const cuda::KernelChoice kernel = name.find("generic") != std::string::npos
+                                          ? cuda::KernelChoice::kGeneric
+                                          : cuda::KernelChoice::kFastest;
     Figure& f =
         bench.Time(name, [&] { return cuda::AttentionWith(kernel, shape, &s, 1, bench.stream()); });
     const double flops = 4.0 * m.head_dim / (f.milliseconds * 1e-3) * 1e-12;
     f.values = {
         {"useful_tflops", flops * static_cast<double>(pairs.unmasked)},
         {"visited_tflops", flops * static_cast<double>(pairs.multiplied)},
-        {"density", static_cast<double>(pairs.unmasked) / static_cast<double>(pairs.dense)},
+        {"density", Density(pairs)},
         {"cost_ratio", static_cast<double>(pairs.multiplied) / static_cast<double>(pairs.dense)}};
     Bench::Print(f);
   };
@@ -335,67 +376,111 @@ void BenchAttention(Bench& bench, const Model& m, int64_t n) {
   }
 }
 
-void BenchIndex(Bench& bench, const Model& m, int64_t n) {
-  const std::string where = std::string(m.name) + " n=" + std::to_string(n);
-  const int groups = m.kv_heads, hidden = m.indexer_hidden;
-  const int group_size = m.q_heads / m.kv_heads, row_tile = RowTilePositions(group_size);
-  Memory k(2 * n * groups * m.head_dim), v(2 * n * groups * m.head_dim),
-      w1(2 * int64_t{groups} * hidden * 2 * m.head_dim);
-  k.FillBf16(1);
-  v.FillBf16(2);
-  w1.FillBf16(3);
-  const std::vector<float> small(int64_t{groups} * 2 * hidden + groups * kSlashBuckets, 0.01f);
-  Memory floats(small);
-  std::mt19937 rng(1);
-  std::normal_distribution<float> normal;
-  std::vector<float> logits(groups * n);
-  for (int64_t i = 0; i < groups * n; ++i) {
-    logits[i] = 2 * normal(rng) - 1.2f * std::log1p(static_cast<float>(i % n));
-  }
-  Memory vertical(logits), slash(logits);
+/// A VSIndexer of one layer with random weights, over the keys and values of a whole prompt.
+struct IndexerProblem {
+  Memory w1, floats, logits;
   IndexerLayer layer;
-  layer.num_groups = groups;
-  layer.head_dim = m.head_dim;
-  layer.hidden = hidden;
-  layer.w1 = w1.as<void>();
-  layer.b1 = layer.w2 = layer.b2 = layer.slash_prior = floats.as<float>();
   IndexerInput input;
-  input.k = k.as<void>();
-  input.v = v.as<void>();
-  input.head_stride = n * m.head_dim;
-  input.token_stride = m.head_dim;
-  input.token_end = n;
-  Memory scratch_logits(2 * 4 * groups * n);
-  input.vertical_logits = scratch_logits.as<float>();
-  input.slash_logits = scratch_logits.as<float>() + groups * n;
-  input.logit_stride = n;
-  std::string name = "indexer h=" + std::to_string(hidden) + " " + where;
-  if (bench.Wanted(name)) {
-    Figure& f = bench.Time(name, [&] { return IndexerCuda(layer, input, bench.stream()); });
-    const double flops = 2.0 * static_cast<double>(n) * groups * hidden * (2 * m.head_dim + 2);
-    f.values = {{"tflops", flops / (f.milliseconds * 1e-3) * 1e-12}};
-    Bench::Print(f);
+
+  IndexerProblem(const Model& m, int hidden, int64_t n, const AttentionSequence& kv)
+      : w1(4 * int64_t{m.kv_heads} * hidden * m.head_dim),
+        floats(RandomFloats(m.kv_heads * (2 * hidden + kSlashBuckets))),
+        logits(2 * 4 * m.kv_heads * n) {
+    w1.FillBf16(3);
+    layer.num_groups = m.kv_heads;
+    layer.head_dim = m.head_dim;
+    layer.hidden = hidden;
+    layer.w1 = w1.as<void>();
+    layer.b1 = layer.w2 = layer.b2 = layer.slash_prior = floats.as<float>();
+    input.k = kv.k;
+    input.v = kv.v;
+    input.head_stride = kv.kv_head_stride;
+    input.token_stride = kv.kv_token_stride;
+    input.token_end = n;
+    input.vertical_logits = logits.as<float>();
+    input.slash_logits = logits.as<float>() + m.kv_heads * n;
+    input.logit_stride = n;
+  }
+  static std::vector<float> RandomFloats(int64_t count) {
+    std::mt19937 rng(5);
+    std::normal_distribution<float> normal(0.0f, 0.05f);
+    std::vector<float> values(count);
+    for (float& x : values) x = normal(rng);
+    return values;
+  }
+};
+
+/// Selection from random logits that fall off with the position, as those of a model do.
+struct SelectionProblem {
+  Memory logits, verticals, bands, bits, numbers, workspace;
+  SelectionInput input;
+  SparseIndexView index;
+
+  SelectionProblem(const Model& m, int64_t n)
+      : SelectionProblem(m, n, RowTilePositions(m.q_heads / m.kv_heads)) {}
+  KernelStatus Run(const SelectionParams& params, Stream stream, cuda::KernelChoice choice = {}) {
+    return cuda::SelectWith(choice, input, params, workspace.as<void>(), &index, stream);
   }
 
-  Memory verticals(4 * groups * n), bands(4 * groups * BandBlocks(n, row_tile)),
-      bits(4 * groups * BandWords(n, row_tile)), numbers(8 * groups),
-      workspace(SelectionWorkspaceBytes(groups, n));
-  SparseIndexView index;
-  index.verticals = verticals.as<int32_t>();
-  index.vertical_stride = n;
-  index.num_verticals = numbers.as<int32_t>();
-  index.num_bands = numbers.as<int32_t>() + groups;
-  index.bands = bands.as<int32_t>();
-  index.band_list_stride = BandBlocks(n, row_tile);
-  index.band_bits = bits.as<uint32_t>();
-  index.band_stride = BandWords(n, row_tile);
-  SelectionInput select;
-  select.vertical_logits = vertical.as<float>();
-  select.slash_logits = slash.as<float>();
-  select.logit_stride = n;
-  select.num_groups = groups;
-  select.group_size = group_size;
-  select.kv_tokens = select.prompt_tokens = n;
+ private:
+  SelectionProblem(const Model& m, int64_t n, int row_tile)
+      : logits(RandomLogits(m.kv_heads, n)),
+        verticals(4 * m.kv_heads * n),
+        bands(4 * m.kv_heads * BandBlocks(n, row_tile)),
+        bits(4 * m.kv_heads * BandWords(n, row_tile)),
+        numbers(8 * m.kv_heads),
+        workspace(SelectionWorkspaceBytes(m.kv_heads, n)) {
+    index.verticals = verticals.as<int32_t>();
+    index.vertical_stride = n;
+    index.num_verticals = numbers.as<int32_t>();
+    index.num_bands = numbers.as<int32_t>() + m.kv_heads;
+    index.bands = bands.as<int32_t>();
+    index.band_list_stride = BandBlocks(n, row_tile);
+    index.band_bits = bits.as<uint32_t>();
+    index.band_stride = BandWords(n, row_tile);
+    input.vertical_logits = logits.as<float>();
+    input.slash_logits = logits.as<float>() + m.kv_heads * n;
+    input.logit_stride = n;
+    input.num_groups = m.kv_heads;
+    input.group_size = m.q_heads / m.kv_heads;
+    input.kv_tokens = input.prompt_tokens = n;
+  }
+  static std::vector<float> RandomLogits(int groups, int64_t n) {
+    std::mt19937 rng(1);
+    std::normal_distribution<float> normal;
+    std::vector<float> values(2 * groups * n);
+    for (int64_t i = 0; i < 2 * groups * n; ++i) {
+      values[i] = 2 * normal(rng) - 1.2f * std::log1p(static_cast<float>(i % n));
+    }
+    return values;
+  }
+};
+
+void BenchIndexer(Bench& bench, const Model& m, int64_t n) {
+  if (!bench.MayWant("indexer ")) return;
+  AttentionProblem kv(m, n);
+  for (const int hidden : m.indexer_hidden) {
+    const std::string where =
+        "h=" + std::to_string(hidden) + " " + m.name + " n=" + std::to_string(n);
+    for (const auto& [label, choice] : {std::pair{"indexer ", cuda::KernelChoice::kFastest},
+                                        {"indexer generic ", cuda::KernelChoice::kGeneric}}) {
+      const std::string name = label + where;
+      if (!bench.Wanted(name)) continue;
+      IndexerProblem p(m, hidden, n, kv.sequence);
+      Figure& f = bench.Time(name, [&, choice = choice] {
+        return cuda::IndexerWith(choice, p.layer, p.input, bench.stream());
+      });
+      const double flops =
+          2.0 * static_cast<double>(n) * m.kv_heads * hidden * (2 * m.head_dim + 2);
+      f.values = {{"tflops", flops / (f.milliseconds * 1e-3) * 1e-12}};
+      Bench::Print(f);
+    }
+  }
+}
+
+void BenchSelection(Bench& bench, const Model& m, int64_t n) {
+  if (!bench.MayWant("select ")) return;
+  SelectionProblem p(m, n);
   SelectionParams capped;
   capped.max_density = 0.05f;
   capped.threshold = 0.1f;
@@ -404,11 +489,62 @@ void BenchIndex(Bench& bench, const Model& m, int64_t n) {
   for (const auto& [label, params] : {std::pair<const char*, SelectionParams>{"mass-per-cost", {}},
                                       {"capped", capped},
                                       {"cumulative", cumulative}}) {
-    name = std::string("select ") + label + " " + where;
-    if (!bench.Wanted(name)) continue;
-    Bench::Print(bench.Time(name, [&, &params = params] {
-      return SelectCuda(select, params, workspace.as<void>(), &index, bench.stream());
-    }));
+    for (const auto& [kernel, choice] : {std::pair{"", cuda::KernelChoice::kFastest},
+                                         {"generic ", cuda::KernelChoice::kGeneric}}) {
+      const std::string name =
+          std::string("select ") + kernel + label + " " + m.name + " n=" + std::to_string(n);
+      if (!bench.Wanted(name)) continue;
+      Bench::Print(bench.Time(name, [&, &params = params, choice = choice] {
+        return p.Run(params, bench.stream(), choice);
+      }));
+    }
+  }
+}
+
+/// VSPrefill as the service runs it on one layer: indexer, selection, attention over what was
+/// selected. The threshold is set so that the selection has the wanted density (or the least that
+/// the forced part leaves); its logits are not the indexer's, whose weights are random.
+void BenchWholeOperator(Bench& bench, const Model& m, int64_t n) {
+  if (!bench.MayWant("whole op ")) return;
+  AttentionProblem attention(m, n);
+  IndexerProblem indexer(m, m.indexer_hidden[0], n, attention.sequence);
+  SelectionProblem selection(m, n);
+  attention.sequence.index = &selection.index;
+  const std::vector<double> densities =
+      n > 32768 ? std::vector{0.025, 0.05, 0.1} : std::vector{0.05, 0.1, 0.2, 0.3, 0.5};
+  for (const double density : densities) {
+    const std::string where =
+        std::to_string(density).substr(0, 5) + " " + m.name + " n=" + std::to_string(n);
+    if (!bench.Wanted("whole op " + where)) continue;
+    SelectionParams params;
+    double lowest = 1e-6, highest = 1e6, reached = 1;
+    for (int i = 0; i < 30 && std::abs(reached / density - 1) > 0.005; ++i) {
+      params.threshold = static_cast<float>(std::sqrt(lowest * highest));
+      Check(selection.Run(params, nullptr), "SelectCuda");
+      reached = Density(attention.Pairs());
+      (reached > density ? lowest : highest) = params.threshold;
+    }
+    const auto index = [&] {
+      const KernelStatus status = IndexerCuda(indexer.layer, indexer.input, bench.stream());
+      return status != KernelStatus::kOk ? status : selection.Run(params, bench.stream());
+    };
+    const auto attend = [&] {
+      return AttentionCuda(attention.shape, &attention.sequence, 1, bench.stream());
+    };
+    const auto whole = [&] {
+      const KernelStatus status = index();
+      return status != KernelStatus::kOk ? status : attend();
+    };
+    const double index_ms = bench.Time("whole op, index " + where, index).milliseconds;
+    const double attend_ms = bench.Time("whole op, attention " + where, attend).milliseconds;
+    Figure& f = bench.Time("whole op " + where, whole);
+    f.values = {{"density", reached},
+                {"threshold", params.threshold},
+                {"hidden", indexer.layer.hidden},
+                {"index_ms", index_ms},
+                {"attention_ms", attend_ms},
+                {"index_share", index_ms / f.milliseconds}};
+    Bench::Print(f);
   }
 }
 
@@ -523,14 +659,30 @@ int Main() {
   Bench bench;
   BenchCopy(bench, "device copy 1 GiB", int64_t{1} << 30);
   const Model models[] = {
-      {"SmolLM2-135M", 9, 3, 64, 576, 1536, 256, {1024, 2048, 4096, 8192, 32768}},
-      {"Llama-3.1-8B", 32, 8, 128, 4096, 14336, 1024, {8192, 32768, 131072}},
+      {"SmolLM2-135M",
+       9,
+       3,
+       64,
+       576,
+       1536,
+       {256, 512, 1024},
+       {1024, 2048, 4096, 8192, 16384, 32768}},
+      {"Llama-3.1-8B",
+       32,
+       8,
+       128,
+       4096,
+       14336,
+       {512, 256, 1024},
+       {2048, 4096, 8192, 16384, 32768, 131072, 262144}},
   };
   for (const Model& m : models) {
     for (int64_t n : m.tokens) {
-      if (n > absl::GetFlag(FLAGS_max_tokens)) continue;
+      if (n > absl::GetFlag(FLAGS_max_tokens) || n < absl::GetFlag(FLAGS_min_tokens)) continue;
       BenchAttention(bench, m, n);
-      BenchIndex(bench, m, n);
+      BenchIndexer(bench, m, n);
+      BenchSelection(bench, m, n);
+      BenchWholeOperator(bench, m, n);
       if (n <= 32768) BenchSums(bench, m, n);
     }
     BenchLayerOps(bench, m, 8192);

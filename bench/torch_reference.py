@@ -9,8 +9,8 @@ import json
 import sys
 
 SHAPES = [
-    ("SmolLM2-135M", 9, 3, 64, [1024, 2048, 4096, 8192, 32768]),
-    ("Llama-3.1-8B", 32, 8, 128, [8192, 32768, 131072]),
+    ("SmolLM2-135M", 9, 3, 64, [1024, 2048, 4096, 8192, 16384, 32768]),
+    ("Llama-3.1-8B", 32, 8, 128, [2048, 4096, 8192, 16384, 32768, 131072, 262144]),
 ]
 
 
@@ -18,6 +18,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", default="")
     parser.add_argument("--max_tokens", type=int, default=131072)
+    parser.add_argument("--min_tokens", type=int, default=0)
+    parser.add_argument("--backends", default="cudnn,flash2", help="which attentions to time")
     args = parser.parse_args()
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -52,7 +54,7 @@ def main():
     del a, b
     for model, q_heads, kv_heads, head_dim, lengths in SHAPES:
         for n in lengths:
-            if n > args.max_tokens:
+            if not args.min_tokens <= n <= args.max_tokens:
                 continue
             q = torch.randn(1, q_heads, n, head_dim, device="cuda", dtype=torch.bfloat16)
             k, v = (
@@ -64,6 +66,8 @@ def main():
                 ("cudnn", SDPBackend.CUDNN_ATTENTION),
                 ("flash2", SDPBackend.FLASH_ATTENTION),
             ):
+                if label not in args.backends.split(","):
+                    continue
                 with sdpa_kernel(backend):
                     try:
                         timed(

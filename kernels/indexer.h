@@ -19,13 +19,12 @@ inline constexpr int kSlashBuckets = 128;
 /// offsets up to 2^17 and beyond; larger ones share the last).
 constexpr int SlashBucket(int64_t offset) {
   if (offset < 32) return static_cast<int>(offset);
-  int octave = 0;
-  int64_t x = offset;
-  while (x >= 64) {
-    x >>= 1;
-    ++octave;
+  int octave = 0;  // offset / 2^octave in [32, 64)
+  for (int step = 32; step > 0; step /= 2) {
+    if (octave + step <= 58 && offset >> (5 + octave + step) != 0) octave += step;
   }
-  // x in [32, 64): 8 sub-buckets of 4.
+  const int64_t x = offset >> octave;
+  // 8 sub-buckets of 4.
   const int bucket = 32 + octave * 8 + static_cast<int>((x - 32) / 4);
   return bucket < kSlashBuckets ? bucket : kSlashBuckets - 1;
 }

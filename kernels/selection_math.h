@@ -26,16 +26,17 @@ constexpr uint64_t Weight(float logit, float max) {
   const float octaves = (max - logit) * 1.44269504f;
   if (!(octaves < 36.0f)) return 0;
   const uint32_t fixed = static_cast<uint32_t>(octaves * 16777216.0f);  // Q24, exact
-  const uint64_t fraction = uint64_t{fixed & 0xffffffu} << 8;           // Q32
+  const uint32_t fraction = (fixed & 0xffffffu) << 8;                   // Q32
   // 2^-fraction as Q31: alternating polynomial of degree 6, max error 2.6e-9.
-  uint64_t p = 0x395c0;
-  p = 0x29cfcc - (p * fraction >> 32);
-  p = 0x139f092 - (p * fraction >> 32);
-  p = 0x71a5911 - (p * fraction >> 32);
-  p = 0x1ebfadad - (p * fraction >> 32);
-  p = 0x58b90b22 - (p * fraction >> 32);
-  p = 0x80000000 - (p * fraction >> 32);
-  return (p << 5) >> (fixed >> 24);
+  const auto times = [fraction](uint32_t x) -> uint32_t { return uint64_t{x} * fraction >> 32; };
+  uint32_t p = 0x395c0;
+  p = 0x29cfcc - times(p);
+  p = 0x139f092 - times(p);
+  p = 0x71a5911 - times(p);
+  p = 0x1ebfadad - times(p);
+  p = 0x58b90b22 - times(p);
+  p = 0x80000000 - times(p);
+  return (uint64_t{p} << 5) >> (fixed >> 24);
 }
 
 /// What follows from the sizes and parameters alone; the same for all groups.

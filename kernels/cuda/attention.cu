@@ -11,7 +11,7 @@ namespace vsprefill::kernels {
 namespace {
 
 using cuda::AttentionBatch;
-using cuda::Bf16Kernel;
+using cuda::KernelChoice;
 using cuda::SequenceParams;
 
 bool Supported(const AttentionShape& shape) {
@@ -85,9 +85,9 @@ bool HasMeans(const AttentionBatch& batch) {
                      [](const SequenceParams& p) { return p.k_means != nullptr; });
 }
 
-KernelStatus LaunchBf16(Bf16Kernel kernel, const AttentionBatch& batch, int num_items, int head_dim,
-                        cudaStream_t stream) {
-  if (kernel == Bf16Kernel::kFastest && !HasMeans(batch) && cuda::DeviceIsSm90()) {
+KernelStatus LaunchBf16(KernelChoice kernel, const AttentionBatch& batch, int num_items,
+                        int head_dim, cudaStream_t stream) {
+  if (kernel == KernelChoice::kFastest && !HasMeans(batch) && cuda::DeviceIsSm90()) {
     const KernelStatus status = cuda::LaunchAttentionSm90(batch, num_items, head_dim, stream);
     if (status != KernelStatus::kUnsupportedShape) return status;
   }
@@ -95,7 +95,7 @@ KernelStatus LaunchBf16(Bf16Kernel kernel, const AttentionBatch& batch, int num_
 }
 
 /// One launch: sequences whose indexes are of one kind and for equally many groups.
-KernelStatus Launch(Bf16Kernel kernel, const AttentionShape& shape, int num_groups,
+KernelStatus Launch(KernelChoice kernel, const AttentionShape& shape, int num_groups,
                     const AttentionSequence** order, int count, Stream stream) {
   AttentionBatch batch = {};
   batch.num_groups = num_groups;
@@ -124,7 +124,7 @@ KernelStatus Launch(Bf16Kernel kernel, const AttentionShape& shape, int num_grou
 
 }  // namespace
 
-KernelStatus cuda::AttentionWith(Bf16Kernel kernel, const AttentionShape& shape,
+KernelStatus cuda::AttentionWith(KernelChoice kernel, const AttentionShape& shape,
                                  const AttentionSequence* sequences, int num_sequences,
                                  Stream stream) {
   if (!Supported(shape)) return KernelStatus::kUnsupportedShape;
@@ -164,7 +164,7 @@ KernelStatus cuda::AttentionWith(Bf16Kernel kernel, const AttentionShape& shape,
 
 KernelStatus AttentionCuda(const AttentionShape& shape, const AttentionSequence* sequences,
                            int num_sequences, Stream stream) {
-  return cuda::AttentionWith(cuda::Bf16Kernel::kFastest, shape, sequences, num_sequences, stream);
+  return cuda::AttentionWith(cuda::KernelChoice::kFastest, shape, sequences, num_sequences, stream);
 }
 
 }  // namespace vsprefill::kernels

@@ -407,10 +407,10 @@ KernelStatus LaunchBf16(const SumsParams& p, cudaStream_t stream) {
 }  // namespace
 
 KernelStatus AttentionSumsCuda(const AttentionSumsArgs& args, Stream stream) {
-  return cuda::AttentionSumsWith(cuda::Bf16Kernel::kFastest, args, stream);
+  return cuda::AttentionSumsWith(cuda::KernelChoice::kFastest, args, stream);
 }
 
-KernelStatus cuda::AttentionSumsWith(Bf16Kernel kernel, const AttentionSumsArgs& args,
+KernelStatus cuda::AttentionSumsWith(KernelChoice kernel, const AttentionSumsArgs& args,
                                      Stream stream) {
   const AttentionShape& shape = args.shape;
   const AttentionSequence& s = args.sequence;
@@ -422,7 +422,7 @@ KernelStatus cuda::AttentionSumsWith(Bf16Kernel kernel, const AttentionSumsArgs&
     return KernelStatus::kUnsupportedShape;
   }
   if (s.kv_tokens == 0) return KernelStatus::kOk;
-  if (kernel == Bf16Kernel::kFastest && shape.dtype == DType::kBF16 && DeviceIsSm90()) {
+  if (kernel == KernelChoice::kFastest && shape.dtype == DType::kBF16 && DeviceIsSm90()) {
     const KernelStatus status = LaunchAttentionSumsSm90(args, AsCuda(stream));
     if (status != KernelStatus::kUnsupportedShape) return status;
   }

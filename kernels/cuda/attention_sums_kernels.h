@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "kernels/cuda/attention_kernels.h"
+#include "kernels/cuda/kernel_choice.h"
 #include "kernels/distill.h"
 
 namespace vsprefill::kernels::cuda {
@@ -14,6 +14,6 @@ namespace vsprefill::kernels::cuda {
 KernelStatus LaunchAttentionSumsSm90(const AttentionSumsArgs& args, cudaStream_t stream);
 
 /// AttentionSumsCuda with the choice of its bf16 kernels, for tests and benchmarks.
-KernelStatus AttentionSumsWith(Bf16Kernel kernel, const AttentionSumsArgs& args, Stream stream);
+KernelStatus AttentionSumsWith(KernelChoice kernel, const AttentionSumsArgs& args, Stream stream);
 
 }  // namespace vsprefill::kernels::cuda

@@ -2,33 +2,17 @@
 //
 // bf16 on tensor cores: a block takes 128 tokens of one group; the normalised features stay in
 // shared memory (rounded to bf16), w1 passes by in tiles of 64 hidden units, and the hidden layer
-// never leaves the registers. Anything else runs in plain float32.
+// never leaves the registers. Hopper has a kernel of its own (sm90/indexer_sm90.cu). Anything else
+// runs in plain float32.
+#include "kernels/cuda/indexer_logits.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/score_tile.cuh"
 #include "kernels/cuda/vector_io.cuh"
-#include "kernels/indexer.h"
 
 namespace vsprefill::kernels {
 namespace {
 
 using namespace cuda;  // NOLINT(google-build-using-namespace): the tile vocabulary of this folder
-
-constexpr float kFeatureEps = 1e-6f;
-
-struct IndexerParams {
-  IndexerLayer layer;
-  IndexerInput input;
-};
-
-/// Writes both logits of token t; one thread.
-__device__ __forceinline__ void StoreLogits(const IndexerParams& p, int group, int64_t t,
-                                            float vertical, float slash) {
-  const IndexerLayer& layer = p.layer;
-  const int64_t at = group * p.input.logit_stride + t;
-  p.input.vertical_logits[at] = vertical + layer.b2[group * 2];
-  p.input.slash_logits[at] =
-      slash + layer.b2[group * 2 + 1] + layer.slash_prior[group * kSlashBuckets + SlashBucket(t)];
-}
 
 __device__ __forceinline__ float Silu(float x) { return x / (1.0f + expf(-x)); }
 
@@ -247,7 +231,8 @@ KernelStatus LaunchSimt(const IndexerParams& p, int64_t tokens, cudaStream_t str
 
 }  // namespace
 
-KernelStatus IndexerCuda(const IndexerLayer& layer, const IndexerInput& input, Stream stream) {
+KernelStatus cuda::IndexerWith(KernelChoice choice, const IndexerLayer& layer,
+                               const IndexerInput& input, Stream stream) {
   if (layer.num_groups <= 0 || layer.num_groups > 65535 || layer.head_dim <= 0 ||
       layer.hidden <= 0) {
     return KernelStatus::kUnsupportedShape;
@@ -262,6 +247,10 @@ KernelStatus IndexerCuda(const IndexerLayer& layer, const IndexerInput& input, S
                         : LaunchSimt<float, float>(p, tokens, cuda_stream);
   }
   if (!bf16_weights) return LaunchSimt<__nv_bfloat16, float>(p, tokens, cuda_stream);
+  if (choice == KernelChoice::kFastest && DeviceIsSm90()) {
+    const KernelStatus status = LaunchIndexerSm90(p, cuda_stream);
+    if (status != KernelStatus::kUnsupportedShape) return status;
+  }
   const bool aligned = Aligned16(layer.w1) && Aligned16(input.k) && Aligned16(input.v) &&
                        input.head_stride % 8 == 0 && input.token_stride % 8 == 0;
   if (aligned) {
@@ -283,6 +272,10 @@ KernelStatus IndexerCuda(const IndexerLayer& layer, const IndexerInput& input, S
     }
   }
   return LaunchSimt<__nv_bfloat16, __nv_bfloat16>(p, tokens, cuda_stream);
+}
+
+KernelStatus IndexerCuda(const IndexerLayer& layer, const IndexerInput& input, Stream stream) {
+  return cuda::IndexerWith(cuda::KernelChoice::kFastest, layer, input, stream);
 }
 
 }  // namespace vsprefill::kernels

@@ -40,8 +40,9 @@
 #include "kernels/cuda/sm90/attention_sm90.h"
 #include "kernels/cuda/sm90/item_counter.h"
 #include "kernels/cuda/sm90/ptx.cuh"
+#include "kernels/cuda/sm90/ring.cuh"
+#include "kernels/cuda/sm90/scores.cuh"
 #include "kernels/cuda/sm90/tensor_map.h"
-#include "kernels/cuda/sm90/tiles.cuh"
 #include "kernels/sparse_index.h"
 #include "kernels/tile_index.h"
 
@@ -593,7 +594,7 @@ __device__ __forceinline__ void StartValues(float (&o)[kHeadDim / 2],
   for (int step = 0; step < kColumns / 16; ++step) {
     const uint64_t b = MatrixDescriptor(v_shared, Config<kHeadDim>::kSliceBytes, step * 16 * 128);
     if constexpr (kHeadDim == 128) {
-      WgmmaRegistersN128(o, p[step], b, step != 0 || add);
+      WgmmaRegistersN128<Contiguous::kN>(o, p[step], b, step != 0 || add);
     } else {
       WgmmaRegistersN64(o, p[step], b, step != 0 || add);
     }
@@ -934,14 +935,6 @@ KernelStatus Launch(const AttentionBatchSm90& batch, cudaStream_t stream) {
 
 }  // namespace
 }  // namespace sm90
-
-bool DeviceIsSm90() {
-  int device, major, minor;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;  // sm_90a code runs nowhere else
-}
 
 KernelStatus LaunchAttentionSm90(const AttentionBatch& base, int num_items, int head_dim,
                                  cudaStream_t stream) {

@@ -20,8 +20,9 @@
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/sm90/ptx.cuh"
+#include "kernels/cuda/sm90/ring.cuh"
+#include "kernels/cuda/sm90/scores.cuh"
 #include "kernels/cuda/sm90/tensor_map.h"
-#include "kernels/cuda/sm90/tiles.cuh"
 
 namespace vsprefill::kernels::cuda {
 namespace sm90 {

@@ -1,5 +1,5 @@
-// Thin wrappers around the PTX instructions of Hopper (sm_90a) that the kernels of this folder use:
-// mbarrier, TMA loads, named barriers, register reallocation, wgmma. One instruction per function.
+// Thin wrappers around the PTX instructions of Hopper (sm_90a) that this folder uses: mbarrier, TMA
+// loads, named barriers, clusters, register reallocation, wgmma. One instruction per function.
 #pragma once
 
 #include <cuda.h>
@@ -72,6 +72,36 @@ __device__ __forceinline__ void NamedBarrierArrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
 
+// ---- Clusters of blocks.
+
+__device__ __forceinline__ uint32_t ClusterRank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ uint32_t ClusterSize() {
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;\n" : "=r"(size));
+  return size;
+}
+/// Waits for all threads of the cluster; what they wrote before is visible after, shared and
+/// global.
+__device__ __forceinline__ void ClusterSync() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;\n" ::
+          : "memory");
+}
+/// Where `object`, which lies in this block's shared memory, lies in that of block `rank`.
+template <typename T>
+__device__ __forceinline__ T* InBlock(T* object, uint32_t rank) {
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;\n"
+      : "=l"(address)
+      : "l"(reinterpret_cast<uint64_t>(object)), "r"(rank));
+  return reinterpret_cast<T*>(address);
+}
+
 // ---- Copies.
 
 /// One box of a 3-D tensor (element, row, head) to shared memory; the arrival is counted in bytes
@@ -118,6 +148,13 @@ __device__ __forceinline__ void StoreMatrix4(uint32_t address, const uint32_t (&
 /// wgmma and the copy engine.
 __device__ __forceinline__ void FenceProxyAsync() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
+/// tanh x, relative error 2^-11.
+__device__ __forceinline__ float Tanh(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
 }
 
 /// 1 / x, about 1 unit in the last place.
@@ -205,7 +242,11 @@ __device__ __forceinline__ void WgmmaSharedN128(float (&d)[64], uint64_t a, uint
       : "l"(a), "l"(b), "r"(add));
 }
 
-/// A in registers, B in shared memory with N contiguous.
+/// Which dimension of B is contiguous in shared memory.
+enum class Contiguous { kK = 0, kN = 1 };
+
+/// A in registers, B in shared memory.
+template <Contiguous kB>
 __device__ __forceinline__ void WgmmaRegistersN128(float (&d)[64], const uint32_t (&a)[4],
                                                    uint64_t b, int add) {
   asm volatile(
@@ -217,7 +258,7 @@ __device__ __forceinline__ void WgmmaRegistersN128(float (&d)[64], const uint32_
       "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, "
       "%35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "
       "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n"
+      "{%64, %65, %66, %67}, %68, p, 1, 1, %70;\n"
       "}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
@@ -229,9 +270,10 @@ __device__ __forceinline__ void WgmmaRegistersN128(float (&d)[64], const uint32_
         "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
         "+f"(d[63])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(static_cast<int>(kB)));
 }
 
+/// A in registers, B in shared memory with N contiguous.
 __device__ __forceinline__ void WgmmaRegistersN64(float (&d)[32], const uint32_t (&a)[4],
                                                   uint64_t b, int add) {
   asm volatile(

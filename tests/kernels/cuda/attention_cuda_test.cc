@@ -124,7 +124,7 @@ struct Problem {
 };
 
 /// Runs the case with one kernel against the reference, and again for the same bits.
-void ExpectReference(Problem& p, cuda::Bf16Kernel kernel, const std::string& what) {
+void ExpectReference(Problem& p, cuda::KernelChoice kernel, const std::string& what) {
   const DType dtype = p.shape.dtype;
   ASSERT_EQ(cudaMemset(p.out_device.data(), 0xff, p.out.bytes.size()), cudaSuccess);
   ASSERT_EQ(cuda::AttentionWith(kernel, p.shape, &p.device, 1, nullptr), KernelStatus::kOk);
@@ -144,9 +144,9 @@ TEST_P(AttentionCudaTest, EqualsReference) {
   const auto& [c, dtype] = GetParam();
   Problem p(c, dtype, 1);
   ASSERT_EQ(AttentionRef(p.shape, &p.host, 1, nullptr), KernelStatus::kOk);
-  ExpectReference(p, cuda::Bf16Kernel::kFastest, c.name);
+  ExpectReference(p, cuda::KernelChoice::kFastest, c.name);
   if (dtype == DType::kBF16 && cuda::DeviceIsSm90()) {
-    ExpectReference(p, cuda::Bf16Kernel::kGeneric, std::string(c.name) + ", generic kernel");
+    ExpectReference(p, cuda::KernelChoice::kGeneric, std::string(c.name) + ", generic kernel");
   }
 }
 
@@ -187,7 +187,7 @@ TEST(AttentionCuda, EveryGroupSizeEqualsReference) {
       Problem p({"", 2 * group_size, 2, head_dim, 95, 403, 0.15, 0.2, 390}, DType::kBF16,
                 10 * group_size + head_dim);
       ASSERT_EQ(AttentionRef(p.shape, &p.host, 1, nullptr), KernelStatus::kOk);
-      ExpectReference(p, cuda::Bf16Kernel::kFastest,
+      ExpectReference(p, cuda::KernelChoice::kFastest,
                       "g " + std::to_string(group_size) + ", d " + std::to_string(head_dim));
     }
   }
@@ -200,11 +200,11 @@ TEST(AttentionCuda, LongSequencesAgreeWithTheGenericKernel) {
                         Case{"135M", 9, 3, 64, 9000, 9000, 0.1, 0.05},
                         Case{"8B dense", 32, 8, 128, 3001, 3001, kDense, 0}}) {
     Problem p(c, DType::kBF16, 3);
-    ASSERT_EQ(cuda::AttentionWith(cuda::Bf16Kernel::kGeneric, p.shape, &p.device, 1, nullptr),
+    ASSERT_EQ(cuda::AttentionWith(cuda::KernelChoice::kGeneric, p.shape, &p.device, 1, nullptr),
               KernelStatus::kOk);
     ASSERT_TRUE(testing::Synchronize());
     p.out = DownloadTensor(p.out_device, DType::kBF16);
-    for (int run = 0; run < 3; ++run) ExpectReference(p, cuda::Bf16Kernel::kFastest, c.name);
+    for (int run = 0; run < 3; ++run) ExpectReference(p, cuda::KernelChoice::kFastest, c.name);
   }
 }
 

@@ -15,7 +15,7 @@ struct Case {
   DType dtype;
 };
 
-void Check(const Case& c, cuda::Bf16Kernel kernel) {
+void Check(const Case& c, cuda::KernelChoice kernel) {
   const std::string what = "heads " + std::to_string(c.q_heads) + "/" + std::to_string(c.kv_heads) +
                            " head_dim " + std::to_string(c.head_dim) + " tokens " +
                            std::to_string(c.tokens) + " " + Name(c.dtype);
@@ -82,7 +82,7 @@ void Check(const Case& c, cuda::Bf16Kernel kernel) {
   }
 }
 
-class AttentionSumsCudaTest : public ::testing::TestWithParam<cuda::Bf16Kernel> {};
+class AttentionSumsCudaTest : public ::testing::TestWithParam<cuda::KernelChoice> {};
 
 TEST_P(AttentionSumsCudaTest, SmallEqualsReference) {
   for (int64_t tokens : {1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300}) {
@@ -106,9 +106,11 @@ TEST_P(AttentionSumsCudaTest, EqualsReference) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Kernels, AttentionSumsCudaTest,
-                         ::testing::Values(cuda::Bf16Kernel::kFastest, cuda::Bf16Kernel::kGeneric),
+                         ::testing::Values(cuda::KernelChoice::kFastest,
+                                           cuda::KernelChoice::kGeneric),
                          [](const auto& info) {
-                           return info.param == cuda::Bf16Kernel::kFastest ? "Fastest" : "Generic";
+                           return info.param == cuda::KernelChoice::kFastest ? "Fastest"
+                                                                             : "Generic";
                          });
 
 }  // namespace

@@ -1,12 +1,14 @@
 // SelectCuda gives the index of SelectRef, bit for bit, and SelectCpu's where n is large.
 #include <limits>
 
+#include "kernels/cuda/select_kernels.h"
 #include "kernels/selection.h"
 #include "tests/kernels/cuda/gpu_test_support.h"
 
 namespace vsprefill::kernels {
 namespace {
 
+using cuda::KernelChoice;
 using testing::DeviceBuffer;
 
 struct Case {
@@ -72,8 +74,7 @@ void Check(const Case& c, SelectFn oracle) {
   host.bits.assign(c.groups * view.band_stride, 0xdeadbeef);
   host.num_verticals.assign(c.groups, -7);
   host.num_bands.assign(c.groups, -7);
-  DeviceBuffer verticals(host.verticals), bands(host.bands), bits(host.bits),
-      num_verticals(host.num_verticals), num_bands(host.num_bands);
+  const Index unwritten = host;
   DeviceBuffer vertical_device(vertical), slash_device(slash);
   const int64_t workspace_bytes = SelectionWorkspaceBytes(c.groups, c.kv_tokens);
   std::vector<uint64_t> workspace(workspace_bytes / 8 + 32);
@@ -99,23 +100,29 @@ void Check(const Case& c, SelectFn oracle) {
       << what;
   input.vertical_logits = vertical_device.as<float>();
   input.slash_logits = slash_device.as<float>();
-  SparseIndexView actual = view;
-  actual.verticals = verticals.as<int32_t>();
-  actual.num_verticals = num_verticals.as<int32_t>();
-  actual.band_bits = bits.as<uint32_t>();
-  actual.bands = bands.as<int32_t>();
-  actual.num_bands = num_bands.as<int32_t>();
-  ASSERT_EQ(SelectCuda(input, c.params, workspace_device.data(), &actual, nullptr),
-            KernelStatus::kOk)
-      << what;
-  ASSERT_TRUE(testing::Synchronize());
-  EXPECT_EQ(actual.num_groups, expected.num_groups);
-  EXPECT_EQ(actual.dense_from, expected.dense_from) << what;
-  EXPECT_EQ(num_verticals.Download<int32_t>(), host.num_verticals) << what;
-  EXPECT_EQ(num_bands.Download<int32_t>(), host.num_bands) << what;
-  EXPECT_TRUE(verticals.Download<int32_t>() == host.verticals) << what << ": verticals differ";
-  EXPECT_TRUE(bands.Download<int32_t>() == host.bands) << what << ": bands differ";
-  EXPECT_TRUE(bits.Download<uint32_t>() == host.bits) << what << ": band bits differ";
+  for (const KernelChoice choice : {KernelChoice::kFastest, KernelChoice::kGeneric}) {
+    if (choice == KernelChoice::kGeneric && !cuda::DeviceIsSm90()) continue;  // it was the fastest
+    const std::string run = what + (choice == KernelChoice::kGeneric ? ", generic kernel" : "");
+    DeviceBuffer verticals(unwritten.verticals), bands(unwritten.bands), bits(unwritten.bits),
+        num_verticals(unwritten.num_verticals), num_bands(unwritten.num_bands);
+    SparseIndexView actual = view;
+    actual.verticals = verticals.as<int32_t>();
+    actual.num_verticals = num_verticals.as<int32_t>();
+    actual.band_bits = bits.as<uint32_t>();
+    actual.bands = bands.as<int32_t>();
+    actual.num_bands = num_bands.as<int32_t>();
+    ASSERT_EQ(cuda::SelectWith(choice, input, c.params, workspace_device.data(), &actual, nullptr),
+              KernelStatus::kOk)
+        << run;
+    ASSERT_TRUE(testing::Synchronize());
+    EXPECT_EQ(actual.num_groups, expected.num_groups);
+    EXPECT_EQ(actual.dense_from, expected.dense_from) << run;
+    EXPECT_EQ(num_verticals.Download<int32_t>(), host.num_verticals) << run;
+    EXPECT_EQ(num_bands.Download<int32_t>(), host.num_bands) << run;
+    EXPECT_TRUE(verticals.Download<int32_t>() == host.verticals) << run << ": verticals differ";
+    EXPECT_TRUE(bands.Download<int32_t>() == host.bands) << run << ": bands differ";
+    EXPECT_TRUE(bits.Download<uint32_t>() == host.bits) << run << ": band bits differ";
+  }
 }
 
 std::vector<SelectionParams> AllParams() {
@@ -151,8 +158,10 @@ std::vector<SelectionParams> AllParams() {
   return all;
 }
 
+// The longer ones: clusters on Hopper.
 TEST(SelectCuda, SmallEqualsReference) {
   for (const SelectionParams& params : AllParams()) Check({3, 3, 700, 0, params}, SelectRef);
+  for (const SelectionParams& params : AllParams()) Check({2, 3, 4100, 0, params}, SelectRef);
   for (int kind = 1; kind <= 4; ++kind) Check({2, 4, 500, 131, {}, kind}, SelectRef);
 }
 
@@ -163,13 +172,22 @@ TEST(SelectCuda, EqualsReference) {
       Check({1, 4, 2500, 1001, params, kind}, SelectRef);
     }
   }
-  for (int64_t n : {1, 2, 63, 64, 65, 127, 128, 129, 200, 1023, 1024, 1025}) {
+  for (int64_t n : {1, 2, 63, 64, 65, 127, 128, 129, 200, 1023, 1024, 1025, 4096, 4097, 8193}) {
     Check({2, 3, n, 0, {}}, SelectRef);
     Check({1, 1, n, n / 2, {}}, SelectRef);
     Check({1, 16, n, 0, {}, 1}, SelectRef);
   }
   Check({3, 3, 3000, 0, {}, 0, {0.3f, 1.0f, 4.0f}}, SelectRef);
   Check({70, 2, 300, 0, {}}, SelectRef);  // more groups than one launch takes
+}
+
+// One block, and clusters of four and eight, with all rules.
+TEST(SelectCuda, EveryLengthEqualsTheCpu) {
+  for (const SelectionParams& params : AllParams()) {
+    for (int64_t n : {2047, 4096, 4097, 8192, 8193, 12345, 20003}) {
+      Check({2, 4, n, n / 3, params, static_cast<int>(n % 5)}, SelectCpu);
+    }
+  }
 }
 
 TEST(SelectCuda, LongSequencesEqualTheCpu) {

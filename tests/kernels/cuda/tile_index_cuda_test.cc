@@ -110,7 +110,7 @@ std::vector<AttentionCase> Cases() {
 }
 
 /// The output of one kernel; twice, for the same bits.
-HostTensor RunKernel(const DeviceProblem& p, cuda::Bf16Kernel kernel, DType dtype,
+HostTensor RunKernel(const DeviceProblem& p, cuda::KernelChoice kernel, DType dtype,
                      const std::string& what) {
   std::vector<char> first;
   for (int run = 0; run < 2; ++run) {
@@ -127,8 +127,8 @@ void ExpectReference(const AttentionCase& c, DType dtype) {
   DeviceProblem p(c, dtype);
   const HostTensor expected = p.Expected();
   const bool bf16 = dtype == DType::kBF16;
-  for (const auto kernel : {cuda::Bf16Kernel::kFastest, cuda::Bf16Kernel::kGeneric}) {
-    const bool generic = kernel == cuda::Bf16Kernel::kGeneric;
+  for (const auto kernel : {cuda::KernelChoice::kFastest, cuda::KernelChoice::kGeneric}) {
+    const bool generic = kernel == cuda::KernelChoice::kGeneric;
     if (generic && !(bf16 && cuda::DeviceIsSm90())) continue;  // one kernel only
     const std::string what = c.ToString() + (generic ? ", generic kernel" : "");
     testing::ExpectClose(RunKernel(p, kernel, dtype, what), expected, bf16 ? 6e-3 : 1e-5,
@@ -170,8 +170,8 @@ TEST(TileIndexCuda, LongSequencesAgreeWithTheGenericKernel) {
         AttentionCase{2, 1, 64, 400, 135000, Selection::kBlocks, 0, 3}}) {
     const DeviceProblem p(c, DType::kBF16);
     const HostTensor generic =
-        RunKernel(p, cuda::Bf16Kernel::kGeneric, DType::kBF16, c.ToString() + ", generic kernel");
-    testing::ExpectClose(RunKernel(p, cuda::Bf16Kernel::kFastest, DType::kBF16, c.ToString()),
+        RunKernel(p, cuda::KernelChoice::kGeneric, DType::kBF16, c.ToString() + ", generic kernel");
+    testing::ExpectClose(RunKernel(p, cuda::KernelChoice::kFastest, DType::kBF16, c.ToString()),
                          generic, 6e-3, 4e-2, c.ToString());
   }
 }

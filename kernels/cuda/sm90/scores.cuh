@@ -1,5 +1,4 @@
-// What the Hopper kernels with tiles of scores share: rings of tiles in shared memory, and the
-// product of two tiles.
+// Scores of one tile: the product of two tiles in shared memory.
 #pragma once
 
 #include <cstdint>
@@ -8,23 +7,6 @@
 #include "kernels/cuda/sm90/ptx.cuh"
 
 namespace vsprefill::kernels::cuda::sm90 {
-
-/// Entry `count` (0, 1, ...) of a ring of kSize: where it lies, and the parity of its full barrier.
-template <int kSize>
-struct Slot {
-  uint32_t index;
-  uint32_t parity;
-  __device__ __forceinline__ explicit Slot(uint32_t count)
-      : index(count % kSize), parity(count / kSize & 1) {}
-};
-
-__device__ __forceinline__ void WaitFull(uint64_t* barriers, uint32_t index, uint32_t parity) {
-  BarrierWait(SharedAddress(&barriers[index]), parity);
-}
-/// Before the first use of an entry this returns at once.
-__device__ __forceinline__ void WaitEmpty(uint64_t* barriers, uint32_t index, uint32_t parity) {
-  BarrierWait(SharedAddress(&barriers[index]), parity ^ 1);
-}
 
 /// s = a b^T of 64 rows of `a` and 128 rows of `b`, unscaled; committed, not waited for. Both lie
 /// as [kHeadDim / 64][rows][64 elements] with 128-byte swizzle, kSliceA and kSliceB bytes from one
