@@ -102,7 +102,7 @@ class TransformerTest : public testing::TestWithParam<std::string> {
     LoadOptions options;
     options.model_dir = ModelDir(fixture);
     options.dtype = dtype;
-    options.indexer_path = "none";
+    options.indexer_path = options.seer_gate_path = "none";
     absl::StatusOr<std::unique_ptr<Transformer>> model = Transformer::Load(options);
     EXPECT_TRUE(model.ok()) << model.status();
     return model.ok() ? *std::move(model) : nullptr;
@@ -267,7 +267,7 @@ TEST_P(TransformerTest, MethodsGoThroughTheForwardPass) {
       {"anchor_attention", {{"theta", 1e6}, {"step", 1}}},
   };
   for (const attention::MethodSpec& spec : attention::MethodSpecs()) {
-    if (spec.needs_indexer) continue;
+    if (spec.needs_indexer || spec.needs_seer_gate) continue;
     SCOPED_TRACE(spec.name);
     ASSERT_TRUE(everything.contains(spec.name)) << "a new method: add it to the list above";
     for (const int64_t chunk_tokens : {n, 1 + n / 3}) {
