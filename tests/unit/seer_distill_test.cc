@@ -60,7 +60,7 @@ TEST(BlockMaxAttentionTest, IsTheExplicitSoftmaxsForAnySlab) {
 /// The llama fixture as a teacher, and a text.
 class SeerDistillTest : public ::testing::Test {
  protected:
-  static constexpr int64_t kTokens = 900;
+  static constexpr int64_t kTokens = 600;
   static constexpr int kGateDim = 32;
   void SetUp() override {
     const char* fixtures = std::getenv("VSP_FIXTURES");
@@ -80,7 +80,7 @@ class SeerDistillTest : public ::testing::Test {
     ASSERT_TRUE(capture.ok()) << capture.status();
     capture_ = *std::move(capture);
     sample_ = SeerStudent::ToSample(shape_, capture_, 1 << 24);
-    options_.steps = 30;
+    options_.steps = 20;
     options_.texts_per_step = 1;
     options_.warmup_steps = 3;
     options_.learning_rate = 1e-2;
@@ -144,33 +144,34 @@ TEST_F(SeerDistillTest, ACheckpointContinuesAsIfNothingHadHappened) {
 
 // Where gate_dim is a multiple of head_dim, an untrained gate is the attention of block means.
 TEST_F(SeerDistillTest, TheStartIsTheAttentionOfBlockMeans) {
-  ASSERT_EQ(shape_.head_dim, 16);
+  const int64_t d = shape_.head_dim, half = d / 2;
+  shape_.gate_dim = 2 * shape_.head_dim;
   const SeerStudent student(shape_, torch::kCPU, 1);
   torch::NoGradGuard no_grad;
   // Means before RoPE, rotated by the block's first position as a query or key would be.
   model::RopeTable table(shape_.rope, shape_.head_dim);
   table.Grow(kTokens);
-  const auto rotate = [&](const torch::Tensor& x) {
-    torch::Tensor y = torch::zeros_like(x);
-    for (int64_t b = 0; b < x.size(1); ++b) {
-      for (int64_t i = 0; i < 8; ++i) {
-        const float c = table.cos()[b * kBlock * 8 + i], s = table.sin()[b * kBlock * 8 + i];
-        const torch::Tensor low = x.select(1, b).select(1, i),
-                            high = x.select(1, b).select(1, i + 8);
-        y.select(1, b).select(1, i).copy_(low * c - high * s);
-        y.select(1, b).select(1, i + 8).copy_(low * s + high * c);
-      }
-    }
-    return y;
+  const auto at_blocks = [&](const float* data) {
+    return torch::from_blob(const_cast<float*>(data), {kTokens, half}, torch::kFloat32)
+        .slice(0, 0, kTokens, kBlock)
+        .clone();
   };
-  const torch::Tensor q = rotate(sample_.queries[0]), k = rotate(sample_.keys[0].narrow(2, 32, 16));
+  const torch::Tensor cosines = at_blocks(table.cos()), sines = at_blocks(table.sin());
+  const auto rotate = [&](const torch::Tensor& x) {
+    const torch::Tensor low = x.narrow(2, 0, half), high = x.narrow(2, half, half);
+    return torch::cat({low * cosines - high * sines, low * sines + high * cosines}, 2);
+  };
+  const torch::Tensor q = rotate(sample_.queries[0]);
+  const torch::Tensor k = rotate(sample_.keys[0].narrow(2, 2 * d, d));
   const torch::Tensor means =
-      torch::matmul(q, k.repeat_interleave(q.size(0) / k.size(0), 0).transpose(1, 2)) / 4;
-  const torch::Tensor logits = student.Logits(sample_, 0);
+      torch::matmul(q, k.repeat_interleave(q.size(0) / k.size(0), 0).transpose(1, 2)) /
+      std::sqrt(static_cast<double>(d));
   const torch::Tensor visible = torch::ones_like(means).tril();
-  const torch::Tensor difference = ((logits - means) * visible).abs();
-  EXPECT_LT(difference.mean().item<float>(),
-            0.1 * (means * visible).abs().mean().item<float>() + 0.05);
+  const torch::Tensor a = (student.Logits(sample_, 0) * visible).flatten();
+  const torch::Tensor b = (means * visible).flatten();
+  // Up to the noise.
+  EXPECT_GT((a.dot(b) / (a.norm() * b.norm())).item<float>(), 0.9f);
+  EXPECT_NEAR((a.norm() / b.norm()).item<float>(), 1, 0.3);
 }
 
 // The serving kernel, given the exported weights, keeps the blocks whose trained share is above the
