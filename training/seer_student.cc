@@ -13,7 +13,7 @@ namespace vsprefill::training {
 namespace {
 
 constexpr int64_t kBlock = kernels::kSeerBlock;
-constexpr double kNoise = 0.02;
+constexpr double kNoise = 0.001;     // maxima and minima are large beside means
 constexpr double kInvisible = -1e9;  // not -infinity: 0 * -infinity would be NaN in the loss
 
 /// What was there before RoPE: x [heads, tokens, head_dim].
