@@ -146,7 +146,7 @@ def main():
             plain = Path(folder) / "model"
             plain.mkdir()
             for file in Path(arguments.model).resolve().iterdir():
-                if file.name != "indexer.safetensors":
+                if file.name not in ("indexer.safetensors", "seer_gate.safetensors"):
                     (plain / file.name).symlink_to(file)
             # Without the binding vLLM keeps a core free for others and computes on one.
             environment = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{arguments.threads - 1}", "HF_HUB_OFFLINE": "1",

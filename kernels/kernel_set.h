@@ -6,6 +6,7 @@
 #include "kernels/indexer.h"
 #include "kernels/layer_ops.h"
 #include "kernels/query_selection.h"
+#include "kernels/select_seer.h"
 #include "kernels/selection.h"
 
 namespace vsprefill::kernels {
@@ -27,6 +28,7 @@ struct KernelSet {
   SelectFlexFn select_flex;
   SelectXAttentionFn select_xattention;
   SelectAnchorFn select_anchor;
+  SelectSeerFn select_seer;
 };
 
 const KernelSet& RefKernels();

@@ -46,6 +46,19 @@ absl::Status ChooseCpuIsa(const std::string& name) {
   return absl::InvalidArgumentError(absl::StrCat("--cpu_isa: unknown instruction set ", name));
 }
 
+/// What a method needs and was not loaded, and the flag that names it; null: nothing is missing.
+struct MissingPart {
+  const char* what = nullptr;
+  const char* flag = nullptr;
+};
+MissingPart Missing(const attention::MethodSpec& spec, const model::Transformer& transformer) {
+  if (spec.needs_indexer && !transformer.has_indexer()) return {"an indexer", "--indexer"};
+  if (spec.needs_seer_gate && !transformer.has_seer_gate()) {
+    return {"a SeerAttention gate", "--seer_gate"};
+  }
+  return {};
+}
+
 /// vsprefill where the model has an indexer, else dense; a method that was asked for must be there.
 absl::StatusOr<std::string> DefaultMethod(const config::ServerConfig& config,
                                           const model::Transformer& transformer) {
@@ -53,12 +66,13 @@ absl::StatusOr<std::string> DefaultMethod(const config::ServerConfig& config,
     return std::string(transformer.has_indexer() ? "vsprefill" : "dense");
   }
   for (const attention::MethodSpec& spec : attention::MethodSpecs()) {
-    if (spec.name == config.method && spec.needs_indexer && !transformer.has_indexer()) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "--method ", config.method, " needs an indexer; none is loaded (see --indexer)"));
+    if (spec.name != config.method) continue;
+    if (const MissingPart part = Missing(spec, transformer); part.what != nullptr) {
+      return absl::InvalidArgumentError(absl::StrCat("--method ", config.method, " needs ",
+                                                     part.what, "; none is loaded (see ", part.flag,
+                                                     ")"));
     }
-    if (spec.name == config.method &&
-        !attention::RunsOn(spec, *transformer.method_context().kernels)) {
+    if (!attention::RunsOn(spec, *transformer.method_context().kernels)) {
       return absl::InvalidArgumentError(
           absl::StrCat("--method ", config.method, " does not run on this device"));
     }
@@ -70,8 +84,8 @@ absl::StatusOr<std::string> DefaultMethod(const config::ServerConfig& config,
 std::vector<attention::MethodSpec> UsableMethods(const model::Transformer& transformer) {
   std::vector<attention::MethodSpec> usable;
   for (const attention::MethodSpec& spec : attention::MethodSpecs()) {
-    const bool indexer = !spec.needs_indexer || transformer.has_indexer();
-    if (indexer && attention::RunsOn(spec, *transformer.method_context().kernels)) {
+    if (Missing(spec, transformer).what == nullptr &&
+        attention::RunsOn(spec, *transformer.method_context().kernels)) {
       usable.push_back(spec);
     }
   }
@@ -94,9 +108,11 @@ engine::EngineOptions MakeEngineOptions(const config::ServerConfig& config,
                               const std::map<std::string, double>& overrides)
       -> absl::StatusOr<std::unique_ptr<attention::AttentionMethod>> {
     for (const attention::MethodSpec& spec : attention::MethodSpecs()) {
-      if (spec.name == name && spec.needs_indexer && !transformer.has_indexer()) {
-        return absl::InvalidArgumentError(absl::StrCat(
-            "method \"", name, "\" needs an indexer, which this server was started without"));
+      if (spec.name != name) continue;
+      if (const MissingPart part = Missing(spec, transformer); part.what != nullptr) {
+        return absl::InvalidArgumentError(absl::StrCat("method \"", name, "\" needs ", part.what,
+                                                       ", which this server was started without (",
+                                                       part.flag, ")"));
       }
     }
     std::map<std::string, double> parameters = overrides;
@@ -125,6 +141,7 @@ absl::Status Serve(const config::ServerConfig& config, const sigset_t& signals, 
   model::LoadOptions load;
   load.model_dir = config.model_dir;
   load.indexer_path = config.indexer;
+  load.seer_gate_path = config.seer_gate;
   load.device = device.kind;
   load.dtype = config.dtype;
   load.cpu_threads = config.cpu_threads;
@@ -172,6 +189,7 @@ absl::Status Serve(const config::ServerConfig& config, const sigset_t& signals, 
        {"dtype", kernels::Name(config.dtype)},
        {"default_method", method},
        {"indexer", transformer->has_indexer() ? "yes" : "no"},
+       {"seer_gate", transformer->has_seer_gate() ? "yes" : "no"},
        {"kv_id", layout.kv_id}});
   std::printf("listening on %s\nmetrics on %s\n", server->address().c_str(),
               metrics_server->address().c_str());

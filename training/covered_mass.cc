@@ -19,12 +19,14 @@ torch::Tensor Density(const TileSet& tiles, const torch::Tensor& mask) {
 
 }  // namespace
 
-TrueMass MeasureTrueMass(Teacher& teacher, const Capture& capture, int64_t max_tiles) {
+TrueMass MeasureTrueMass(Teacher& teacher, const Capture& capture, int64_t max_tiles,
+                         int row_tile) {
   const model::ModelConfig& config = teacher.model().config();
   TrueMass text;
-  text.tiles =
-      MakeTiles(capture.tokens, kernels::RowTilePositions(config.num_q_heads / config.num_kv_heads),
-                max_tiles, teacher.device());
+  if (row_tile == 0) {
+    row_tile = kernels::RowTilePositions(config.num_q_heads / config.num_kv_heads);
+  }
+  text.tiles = MakeTiles(capture.tokens, row_tile, max_tiles, teacher.device());
   std::vector<torch::Tensor> mass;
   for (int layer = 0; layer < config.num_layers; ++layer) {
     mass.push_back(TileColumnMass(text.tiles, capture.queries[layer], capture.keys[layer],

@@ -22,8 +22,10 @@ struct TrueMass {
   TileSet tiles;
   torch::Tensor mass;  // float32 [layers, q heads, tiles, tokens]; 1 in sum per layer and head
 };
-/// `capture` holds queries. Tiles: `max_tiles` evenly spread ones, 0: all.
-TrueMass MeasureTrueMass(Teacher& teacher, const Capture& capture, int64_t max_tiles);
+/// `capture` holds queries. Tiles: `max_tiles` evenly spread ones, 0: all; of `row_tile` positions,
+/// 0: of those that a KV group's packed rows have.
+TrueMass MeasureTrueMass(Teacher& teacher, const Capture& capture, int64_t max_tiles,
+                         int row_tile = 0);
 
 /// The indexer's logits of all layers from the kernel that serves, float32 [2 (vertical, slash),
 /// layers, groups, tokens].
@@ -55,7 +57,7 @@ struct KnobRange {
   bool per_group = false;  // each layer and group reaches the density by a knob of its own
 };
 /// Bisects the knobs until the density is reached from below as nearly as it can be; `groups` is
-/// the number of KV groups.
+/// the number of groups in the masks.
 absl::StatusOr<Coverage> Reach(const TrueMass& text, const MaskFn& masks, const KnobRange& range,
                                int64_t groups, double density);
 

@@ -1,12 +1,16 @@
-// vsprefill-distill: trains and measures the VSIndexer of a model (docs/distillation.md).
+// vsprefill-distill: trains and measures the VSIndexer of a model, or the gate of SeerAttention
+// (docs/distillation.md).
 #include <torch/torch.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <fstream>
+#include <map>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "absl/flags/flag.h"
@@ -19,9 +23,11 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "server/base/status_macros.h"
+#include "server/model/seer_gate.h"
 #include "server/model/vs_indexer.h"
 #include "training/corpus.h"
 #include "training/evaluate.h"
+#include "training/seer_evaluate.h"
 #include "training/teacher.h"
 #include "training/threshold_scale.h"
 #include "training/trainer.h"
@@ -30,11 +36,15 @@ ABSL_FLAG(std::string, model, "", "Hugging Face model directory: the frozen back
 ABSL_FLAG(std::string, device, "auto", "cpu, cuda, or auto: cuda where there is one");
 ABSL_FLAG(std::string, dtype, "bf16",
           "of the backbone: bf16 or fp32; the indexer learns in float32");
+ABSL_FLAG(std::string, gate, "",
+          "seer: train or measure SeerAttention's gate instead of a VSIndexer; empty: the indexer");
+ABSL_FLAG(int, gate_dim, 128, "width of that gate's vectors, even");
+ABSL_FLAG(std::string, seer_gate, "", "gate to evaluate; empty: --out");
 ABSL_FLAG(int, threads, 0, "CPU threads; 0: all cores");
 ABSL_FLAG(std::string, corpus, "",
           "token file to train on (training/corpus/make_corpus.py); empty: no training");
 ABSL_FLAG(std::string, heldout, "", "token file of texts that training never sees");
-ABSL_FLAG(std::string, out, "", "indexer.safetensors to write");
+ABSL_FLAG(std::string, out, "", "indexer.safetensors or seer_gate.safetensors to write");
 ABSL_FLAG(int, hidden, 512, "hidden width; 256 halves the indexer's cost and size");
 ABSL_FLAG(int64_t, steps, 400, "optimiser steps");
 ABSL_FLAG(double, max_seconds, 0,
@@ -99,8 +109,12 @@ Measure an indexer against other selections at equal density:
   vsprefill-distill --model DIR --evaluate --indexer indexer.safetensors --heldout corpus_heldout.safetensors
       --evaluate_lengths 2048,8192 --report report.json
 
+Train SeerAttention's gate, which learns the block-wise largest values of the true attention, and measure it:
+  vsprefill-distill --gate seer --model DIR --corpus corpus_train.safetensors --heldout corpus_heldout.safetensors
+      --out seer_gate.safetensors --checkpoint gate.ckpt --evaluate --densities 0.1,0.2
+
 The result belongs to exactly these weights: the server refuses it for others. Put it into the model directory as
-indexer.safetensors, or name it with vsprefill-server --indexer.)";
+indexer.safetensors (seer_gate.safetensors), or name it with vsprefill-server --indexer (--seer_gate).)";
 
 template <typename T, typename Parse>
 absl::StatusOr<std::vector<T>> ParseList(const char* flag, const std::vector<std::string>& items,
@@ -125,10 +139,12 @@ absl::StatusOr<std::vector<int64_t>> Lengths(const char* flag,
       [](const std::string& s, int64_t* v) { return absl::SimpleAtoi(s, v); });
 }
 
+bool TrainsGate() { return absl::GetFlag(FLAGS_gate) == "seer"; }
+
 absl::StatusOr<model::LoadOptions> BackboneOptions() {
   model::LoadOptions options;
   options.model_dir = absl::GetFlag(FLAGS_model);
-  options.indexer_path = "none";
+  options.indexer_path = options.seer_gate_path = "none";
   options.cpu_threads = absl::GetFlag(FLAGS_threads);
   const std::string device = absl::GetFlag(FLAGS_device), dtype = absl::GetFlag(FLAGS_dtype);
   const bool has_cuda = torch::cuda::is_available();
@@ -151,6 +167,25 @@ absl::Status CheckFlags() {
     return absl::InvalidArgumentError("--model is needed (see --help)");
   }
   const bool train = !absl::GetFlag(FLAGS_corpus).empty(), evaluate = absl::GetFlag(FLAGS_evaluate);
+  if (const std::string gate = absl::GetFlag(FLAGS_gate); !gate.empty() && gate != "seer") {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("--gate is '%s', expected seer or nothing", gate));
+  }
+  if (const int dim = absl::GetFlag(FLAGS_gate_dim);
+      dim < 2 || dim > kernels::kMaxSeerGateDim || dim % 2 != 0) {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "--gate_dim is %d, expected an even number in [2, %d]", dim, kernels::kMaxSeerGateDim));
+  }
+  for (const auto& [name, given, of_gate] :
+       {std::tuple{"indexer", !absl::GetFlag(FLAGS_indexer).empty(), false},
+        {"scale_only", absl::GetFlag(FLAGS_scale_only), false},
+        {"bf16_hidden", absl::GetFlag(FLAGS_bf16_hidden), false},
+        {"seer_gate", !absl::GetFlag(FLAGS_seer_gate).empty(), true}}) {
+    if (given && of_gate != TrainsGate()) {
+      return absl::InvalidArgumentError(absl::StrFormat("--%s means nothing %s --gate seer", name,
+                                                        TrainsGate() ? "with" : "without"));
+    }
+  }
   if (!train && !evaluate) {
     return absl::InvalidArgumentError(
         "nothing to do: give --corpus, --evaluate or both (see --help)");
@@ -183,8 +218,10 @@ absl::Status CheckFlags() {
   if (evaluate && absl::GetFlag(FLAGS_heldout).empty()) {
     return absl::InvalidArgumentError("--evaluate needs --heldout");
   }
-  if (evaluate && !train && absl::GetFlag(FLAGS_indexer).empty()) {
-    return absl::InvalidArgumentError("--evaluate needs --indexer where nothing is trained");
+  if (const std::string trained = TrainsGate() ? "seer_gate" : "indexer";
+      evaluate && !train && absl::GetFlag(TrainsGate() ? FLAGS_seer_gate : FLAGS_indexer).empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("--evaluate needs --%s where nothing is trained", trained));
   }
   if (absl::GetFlag(FLAGS_resume) && absl::GetFlag(FLAGS_checkpoint).empty()) {
     return absl::InvalidArgumentError("--resume needs --checkpoint");
@@ -203,20 +240,47 @@ absl::Status CheckFlags() {
   return absl::OkStatus();
 }
 
-absl::Status Write(const model::IndexerWeights& weights) {
-  VSP_RETURN_IF_ERROR(model::WriteIndexer(absl::GetFlag(FLAGS_out), weights));
+absl::Status WriteFile(const std::string& path, const model::IndexerWeights& weights) {
+  return model::WriteIndexer(path, weights);
+}
+absl::Status WriteFile(const std::string& path, const model::SeerGateWeights& weights) {
+  return model::WriteSeerGate(path, weights);
+}
+
+template <class Weights>
+absl::Status Write(const Weights& weights) {
+  VSP_RETURN_IF_ERROR(WriteFile(absl::GetFlag(FLAGS_out), weights));
   absl::PrintF("wrote %s for weights_id %s\n", absl::GetFlag(FLAGS_out), weights.weights_id);
   return absl::OkStatus();
 }
 
-absl::StatusOr<model::IndexerWeights> Train(Teacher& teacher, const Corpus& corpus,
-                                            const TrainOptions& options) {
+using Facts = std::map<std::string, std::string>;
+
+void AddLoss(const KlLoss& loss, Facts* facts) {
+  (*facts)["loss_vertical"] = absl::StrFormat("%.4f", loss.vertical);
+  (*facts)["loss_slash"] = absl::StrFormat("%.4f", loss.slash);
+}
+void AddLoss(const SeerLoss& loss, Facts* facts) {
+  (*facts)["loss"] = absl::StrFormat("%.4f", loss.kl);
+}
+
+/// What a file says of its loss on held-out texts.
+std::string HeldoutFact(const KlLoss& loss) {
+  return absl::StrFormat("%.4f,%.4f", loss.vertical, loss.slash);
+}
+std::string HeldoutFact(const SeerLoss& loss) { return absl::StrFormat("%.4f", loss.kl); }
+
+/// Trains an indexer or a gate of this shape and writes it.
+template <class Learner>
+auto Train(Teacher& teacher, const Corpus& corpus, const TrainOptions& options,
+           const typename Learner::Shape& shape)
+    -> absl::StatusOr<decltype(std::declval<Learner>().Export())> {
   absl::FPrintF(stderr, "corpus: %d documents, %d tokens; training %d steps of %d texts on %s\n",
                 corpus.num_documents(), corpus.num_tokens(), options.steps, options.texts_per_step,
                 teacher.model().device_description());
-  Trainer trainer(options, teacher.student_shape(options.hidden), teacher.device());
-  VSP_ASSIGN_OR_RETURN(const TrainResult result, trainer.Run(teacher, corpus));
-  model::IndexerWeights weights = trainer.student().Export();
+  BasicTrainer<Learner> trainer(options, shape, teacher.device());
+  VSP_ASSIGN_OR_RETURN(const auto result, trainer.Run(teacher, corpus));
+  auto weights = trainer.student().Export();
   weights.weights_id = teacher.model().weights_id();
   weights.facts = {{"steps", absl::StrFormat("%d", result.steps)},
                    {"texts", absl::StrFormat("%d", result.texts)},
@@ -224,29 +288,24 @@ absl::StatusOr<model::IndexerWeights> Train(Teacher& teacher, const Corpus& corp
                    {"lengths", absl::StrJoin(options.lengths, ",")},
                    {"learning_rate", absl::StrFormat("%g", options.learning_rate)},
                    {"seed", absl::StrFormat("%d", options.seed)},
-                   {"loss_vertical", absl::StrFormat("%.4f", result.loss.vertical)},
-                   {"loss_slash", absl::StrFormat("%.4f", result.loss.slash)},
                    {"device", teacher.model().device_description()}};
-  absl::PrintF(
-      "trained %d steps, %d texts, %d tokens in %.0f s: KL vertical %.4f, slash %.4f, proxy recall "
-      "%.3f\n",
-      result.steps, result.texts, result.tokens, result.seconds, result.loss.vertical,
-      result.loss.slash, result.recall);
+  AddLoss(result.loss, &weights.facts);
+  absl::PrintF("trained %d steps, %d texts, %d tokens in %.0f s: %s, proxy recall %.3f\n",
+               result.steps, result.texts, result.tokens, result.seconds, result.loss.ToString(),
+               result.recall);
   if (!absl::GetFlag(FLAGS_heldout).empty()) {
     VSP_ASSIGN_OR_RETURN(const Corpus heldout, Corpus::Load(absl::GetFlag(FLAGS_heldout),
                                                             teacher.model().config().vocab_size));
     for (int64_t length : options.lengths) {
       const auto texts = EvaluationTexts(heldout, length, absl::GetFlag(FLAGS_evaluate_texts));
       if (texts.empty()) continue;
-      VSP_ASSIGN_OR_RETURN(const KlLoss loss,
+      VSP_ASSIGN_OR_RETURN(const auto loss,
                            HeldoutLoss(teacher, trainer.student(), texts, options.slab_bytes));
-      absl::PrintF("held-out KL at %d tokens (%d texts): vertical %.4f, slash %.4f\n", length,
-                   texts.size(), loss.vertical, loss.slash);
-      weights.facts[absl::StrFormat("heldout_kl_%d", length)] =
-          absl::StrFormat("%.4f,%.4f", loss.vertical, loss.slash);
+      absl::PrintF("held-out at %d tokens (%d texts): %s\n", length, texts.size(), loss.ToString());
+      weights.facts[absl::StrFormat("heldout_kl_%d", length)] = HeldoutFact(loss);
     }
   }
-  // Before the scale is fitted: a text that is missing there must not cost the training.
+  // Before a scale is fitted: a text that is missing there must not cost the training.
   VSP_RETURN_IF_ERROR(Write(weights));
   return weights;
 }
@@ -278,8 +337,10 @@ absl::Status FitScale(Teacher& teacher, const Corpus& corpus, int64_t max_tiles,
   return absl::OkStatus();
 }
 
-absl::Status Measure(Teacher& teacher, const model::IndexerWeights& weights,
-                     const std::vector<int64_t>& lengths, const EvaluateOptions& options) {
+/// Prints and reports what `evaluate` (texts of one length to LengthReport) says of each length.
+template <class Weights, class EvaluateFn>
+absl::Status Measure(Teacher& teacher, const Weights& weights, const char* size_name, int size,
+                     const std::vector<int64_t>& lengths, const EvaluateFn& evaluate) {
   VSP_ASSIGN_OR_RETURN(const Corpus heldout, Corpus::Load(absl::GetFlag(FLAGS_heldout),
                                                           teacher.model().config().vocab_size));
   std::vector<LengthReport> reports;
@@ -289,19 +350,65 @@ absl::Status Measure(Teacher& teacher, const model::IndexerWeights& weights,
       return absl::InvalidArgumentError(
           absl::StrFormat("%s has no text of %d tokens", absl::GetFlag(FLAGS_heldout), length));
     }
-    VSP_ASSIGN_OR_RETURN(LengthReport report, Evaluate(teacher, weights, texts, options));
+    VSP_ASSIGN_OR_RETURN(LengthReport report, evaluate(texts));
     absl::PrintF("%s", FormatTable(report));
     std::fflush(stdout);
     reports.push_back(std::move(report));
   }
   if (!absl::GetFlag(FLAGS_report).empty()) {
     std::ofstream file(absl::GetFlag(FLAGS_report));
-    file << FormatJson(reports, weights.weights_id, weights.hidden, weights.facts);
+    file << FormatJson(reports, weights.weights_id, size_name, size, weights.facts);
     if (!file.flush()) {
       return absl::InternalError(absl::StrFormat("cannot write %s", absl::GetFlag(FLAGS_report)));
     }
   }
   return absl::OkStatus();
+}
+
+/// The indexer: trains or reads one, fits its scale where something is written, measures it.
+absl::Status RunIndexer(Teacher& teacher, const std::optional<Corpus>& corpus, bool trains,
+                        const TrainOptions& train, const std::vector<int64_t>& measured,
+                        const EvaluateOptions& evaluate) {
+  model::IndexerWeights weights;
+  if (trains) {
+    VSP_ASSIGN_OR_RETURN(
+        weights, Train<Student>(teacher, *corpus, train, teacher.student_shape(train.hidden)));
+  } else {
+    const model::ModelConfig& config = teacher.model().config();
+    VSP_ASSIGN_OR_RETURN(weights,
+                         model::ReadIndexer(absl::GetFlag(FLAGS_indexer),
+                                            {teacher.model().weights_id(), config.num_layers,
+                                             config.num_kv_heads, config.head_dim}));
+  }
+  if (corpus.has_value()) {
+    VSP_RETURN_IF_ERROR(FitScale(teacher, *corpus, evaluate.max_tiles, weights));
+    VSP_RETURN_IF_ERROR(Write(weights));
+  }
+  if (!absl::GetFlag(FLAGS_evaluate)) return absl::OkStatus();
+  return Measure(teacher, weights, "hidden", weights.hidden, measured,
+                 [&](const auto& texts) { return Evaluate(teacher, weights, texts, evaluate); });
+}
+
+/// SeerAttention's gate: trains or reads one, measures it.
+absl::Status RunSeerGate(Teacher& teacher, const std::optional<Corpus>& corpus,
+                         const TrainOptions& train, const std::vector<int64_t>& measured,
+                         const EvaluateOptions& evaluate) {
+  const model::ModelConfig& config = teacher.model().config();
+  model::SeerGateWeights weights;
+  if (corpus.has_value()) {
+    VSP_ASSIGN_OR_RETURN(weights,
+                         Train<SeerStudent>(teacher, *corpus, train,
+                                            SeerShape::Of(config, absl::GetFlag(FLAGS_gate_dim))));
+  } else {
+    VSP_ASSIGN_OR_RETURN(
+        weights, model::ReadSeerGate(absl::GetFlag(FLAGS_seer_gate),
+                                     {teacher.model().weights_id(), config.num_layers,
+                                      config.num_q_heads, config.num_kv_heads, config.head_dim}));
+  }
+  if (!absl::GetFlag(FLAGS_evaluate)) return absl::OkStatus();
+  return Measure(teacher, weights, "gate_dim", weights.gate_dim, measured, [&](const auto& texts) {
+    return EvaluateSeer(teacher, weights, texts, evaluate);
+  });
 }
 
 absl::Status Main() {
@@ -337,7 +444,8 @@ absl::Status Main() {
   const bool writes = !absl::GetFlag(FLAGS_corpus).empty();
   const bool trains = writes && !absl::GetFlag(FLAGS_scale_only);
   int64_t longest = 0;
-  if (writes && absl::GetFlag(FLAGS_scale_texts) > 0) longest = absl::GetFlag(FLAGS_scale_length);
+  if (writes && !TrainsGate() && absl::GetFlag(FLAGS_scale_texts) > 0)
+    longest = absl::GetFlag(FLAGS_scale_length);
   if (trains) {
     longest = std::max(longest, *std::max_element(train.lengths.begin(), train.lengths.end()));
   }
@@ -351,22 +459,8 @@ absl::Status Main() {
     VSP_ASSIGN_OR_RETURN(
         corpus, Corpus::Load(absl::GetFlag(FLAGS_corpus), teacher->model().config().vocab_size));
   }
-  model::IndexerWeights weights;
-  if (trains) {
-    VSP_ASSIGN_OR_RETURN(weights, Train(*teacher, *corpus, train));
-  } else {
-    const model::ModelConfig& config = teacher->model().config();
-    VSP_ASSIGN_OR_RETURN(weights,
-                         model::ReadIndexer(absl::GetFlag(FLAGS_indexer),
-                                            {teacher->model().weights_id(), config.num_layers,
-                                             config.num_kv_heads, config.head_dim}));
-  }
-  if (writes) {
-    VSP_RETURN_IF_ERROR(FitScale(*teacher, *corpus, evaluate.max_tiles, weights));
-    VSP_RETURN_IF_ERROR(Write(weights));
-  }
-  if (!absl::GetFlag(FLAGS_evaluate)) return absl::OkStatus();
-  return Measure(*teacher, weights, measured, evaluate);
+  return TrainsGate() ? RunSeerGate(*teacher, corpus, train, measured, evaluate)
+                      : RunIndexer(*teacher, corpus, trains, train, measured, evaluate);
 }
 
 }  // namespace

@@ -93,18 +93,6 @@ MaskFn ServedDefault(IndexMasker* masker, const Text& text, const torch::Tensor&
   };
 }
 
-MaskFn SinksAndWindow(const Text* text) {
-  return [text](int layer, const torch::Tensor& knobs) -> absl::StatusOr<torch::Tensor> {
-    const TileSet& tiles = text->tiles;
-    const torch::Tensor column = torch::arange(tiles.tokens, tiles.last.options());
-    const torch::Tensor distance = tiles.last.unsqueeze(1) - column.unsqueeze(0);
-    // Knob x: a window of tokens / x.
-    const torch::Tensor window =
-        (tiles.tokens / knobs[layer]).clamp_min(tiles.row_tile).view({-1, 1, 1});
-    return (distance.unsqueeze(0) < window).logical_or(column < kStreamingSinks);
-  };
-}
-
 MaskFn MeanPooled(const Text* text, const torch::Tensor& scores, int64_t block) {
   return [text, scores, block](int layer,
                                const torch::Tensor& knobs) -> absl::StatusOr<torch::Tensor> {
@@ -118,6 +106,7 @@ MaskFn MeanPooled(const Text* text, const torch::Tensor& scores, int64_t block) 
   };
 }
 
+/// Statistics over (layer, head) pairs.
 void Summarise(const torch::Tensor& covered, CoverageResult* result) {
   result->mean = covered.mean().item<double>();
   const torch::Tensor sorted = std::get<0>(covered.flatten().sort());
@@ -131,6 +120,47 @@ void Summarise(const torch::Tensor& covered, CoverageResult* result) {
 
 }  // namespace
 
+MaskFn SinksAndWindow(const TileSet* measured) {
+  return [measured](int layer, const torch::Tensor& knobs) -> absl::StatusOr<torch::Tensor> {
+    const TileSet& tiles = *measured;
+    const torch::Tensor column = torch::arange(tiles.tokens, tiles.last.options());
+    const torch::Tensor distance = tiles.last.unsqueeze(1) - column.unsqueeze(0);
+    // Knob x: a window of tokens / x.
+    const torch::Tensor window =
+        (tiles.tokens / knobs[layer]).clamp_min(tiles.row_tile).view({-1, 1, 1});
+    return (distance.unsqueeze(0) < window).logical_or(column < kStreamingSinks);
+  };
+}
+
+ReportBuilder::ReportBuilder(absl::Span<const absl::Span<const int32_t>> texts) {
+  report_.length = texts[0].size();
+  report_.texts = texts.size();
+}
+
+void ReportBuilder::BeginText(int64_t tiles) {
+  report_.tiles = tiles;
+  slot_ = 0;
+}
+
+void ReportBuilder::Add(const std::string& method, double wanted, const Coverage& outcome) {
+  if (slot_ == report_.results.size()) {
+    CoverageResult& result = report_.results.emplace_back();
+    result.method = method;
+    result.wanted_density = wanted;
+    covered_.push_back(torch::zeros_like(outcome.covered));
+  }
+  covered_[slot_] += outcome.covered / static_cast<double>(report_.texts);
+  report_.results[slot_].density += outcome.density / static_cast<double>(report_.texts);
+  ++slot_;
+}
+
+LengthReport ReportBuilder::Finish() {
+  for (size_t slot = 0; slot < covered_.size(); ++slot) {
+    Summarise(covered_[slot], &report_.results[slot]);
+  }
+  return report_;
+}
+
 absl::StatusOr<LengthReport> Evaluate(Teacher& teacher, const model::IndexerWeights& weights,
                                       absl::Span<const absl::Span<const int32_t>> texts,
                                       const EvaluateOptions& options) {
@@ -143,16 +173,14 @@ absl::StatusOr<LengthReport> Evaluate(Teacher& teacher, const model::IndexerWeig
     const torch::Tensor row = torch::tensor(layer).unsqueeze(0);
     scale = scale.defined() ? torch::cat({scale, row}) : row;
   }
-  LengthReport report;
-  report.length = texts[0].size();
-  report.texts = texts.size();
-  std::vector<torch::Tensor> covered;  // per result, summed over texts
+  ReportBuilder builder(texts);
+  const int64_t length = texts[0].size();
   Progress progress(texts.size(), 0);
   for (size_t i = 0; i < texts.size(); ++i) {
     VSP_ASSIGN_OR_RETURN(const Text text, Prepare(teacher, *indexer, texts[i], options.max_tiles));
-    report.tiles = text.tiles.num_tiles();
+    builder.BeginText(text.tiles.num_tiles());
     IndexMasker masker(&teacher.model(), &text.tiles);
-    const double longest = std::log2(report.length);
+    const double longest = std::log2(length);
     const KnobRange threshold = {-8, 16};
     std::vector<Method> methods = {
         {"vsprefill", VerticalSlash(&masker, text.indexer, scale), threshold},
@@ -166,43 +194,28 @@ absl::StatusOr<LengthReport> Evaluate(Teacher& teacher, const model::IndexerWeig
         {"last 64 queries", VerticalSlash(&masker, text.last_rows), threshold},
         {"last 64 queries, with the scale", VerticalSlash(&masker, text.last_rows, scale),
          threshold},
-        {"sinks + window", SinksAndWindow(&text), {0, longest}},
+        {"sinks + window", SinksAndWindow(&text.tiles), {0, longest}},
         {"mean-pooled blocks of 64", MeanPooled(&text, text.pooled64, 64), {-40, 0.5}},
         {"mean-pooled blocks of 128", MeanPooled(&text, text.pooled128, 128), {-40, 0.5}},
     };
-    const auto add = [&](const std::string& name, double wanted, const Coverage& outcome,
-                         size_t slot) {
-      if (i == 0) {
-        CoverageResult& result = report.results.emplace_back();
-        result.method = name;
-        result.wanted_density = wanted;
-        covered.push_back(torch::zeros_like(outcome.covered));
-      }
-      covered[slot] += outcome.covered / static_cast<double>(texts.size());
-      report.results[slot].density += outcome.density / texts.size();
-    };
-    size_t slot = 0;
     for (const Method& method : methods) {
       for (double density : options.densities) {
         VSP_ASSIGN_OR_RETURN(const Coverage outcome,
                              Reach(text, method.mask, method.range, text.indexer.size(2), density));
-        add(method.name, density, outcome, slot++);
+        builder.Add(method.name, density, outcome);
       }
     }
     // The served default, whatever density it has; a text is prefilled whole or in chunks.
     for (int64_t chunk : {int64_t{0}, int64_t{2048}, int64_t{1024}}) {
       VSP_ASSIGN_OR_RETURN(const Coverage outcome,
                            Cover(text, ServedDefault(&masker, text, scale, chunk), {}));
-      add(chunk == 0 ? "the served default, whole prompt"
-                     : absl::StrFormat("the served default, chunks of %d", chunk),
-          0, outcome, slot++);
+      builder.Add(chunk == 0 ? "the served default, whole prompt"
+                             : absl::StrFormat("the served default, chunks of %d", chunk),
+                  0, outcome);
     }
-    progress.Update(i + 1, absl::StrFormat("evaluating %d tokens", report.length));
+    progress.Update(i + 1, absl::StrFormat("evaluating %d tokens", length));
   }
-  for (size_t slot = 0; slot < covered.size(); ++slot) {
-    Summarise(covered[slot], &report.results[slot]);
-  }
-  return report;
+  return builder.Finish();
 }
 
 std::string FormatTable(const LengthReport& report) {
@@ -219,8 +232,9 @@ std::string FormatTable(const LengthReport& report) {
 }
 
 std::string FormatJson(const std::vector<LengthReport>& reports, const std::string& weights_id,
-                       int hidden, const std::map<std::string, std::string>& facts) {
-  nlohmann::json json = {{"weights_id", weights_id}, {"hidden", hidden}, {"facts", facts}};
+                       const std::string& size_name, int size,
+                       const std::map<std::string, std::string>& facts) {
+  nlohmann::json json = {{"weights_id", weights_id}, {size_name, size}, {"facts", facts}};
   json["reports"] = nlohmann::json::array();
   for (const LengthReport& report : reports) {
     nlohmann::json results = nlohmann::json::array();

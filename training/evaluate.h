@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "server/model/vs_indexer.h"
+#include "training/covered_mass.h"
 #include "training/teacher.h"
 
 namespace vsprefill::training {
@@ -38,6 +39,25 @@ struct LengthReport {
   std::vector<CoverageResult> results;
 };
 
+/// Collects what methods covered of each text, in the same order for every text.
+class ReportBuilder {
+ public:
+  /// All of the same size; at least one.
+  explicit ReportBuilder(absl::Span<const absl::Span<const int32_t>> texts);
+  void BeginText(int64_t tiles);
+  void Add(const std::string& method, double wanted_density, const Coverage& outcome);
+  LengthReport Finish();
+
+ private:
+  LengthReport report_;
+  std::vector<torch::Tensor> covered_;  // per result, summed over texts
+  size_t slot_ = 0;
+};
+
+/// StreamingLLM's pattern as a method with a knob x: 4 sinks and a window of tokens / x. `tiles`
+/// outlives the result.
+MaskFn SinksAndWindow(const TileSet* tiles);
+
 /// Measures texts of one length (all of the same size). The indexer's logits and the selections
 /// come from the kernels that serve. INVALID_ARGUMENT: no texts.
 absl::StatusOr<LengthReport> Evaluate(Teacher& teacher, const model::IndexerWeights& indexer,
@@ -45,8 +65,10 @@ absl::StatusOr<LengthReport> Evaluate(Teacher& teacher, const model::IndexerWeig
                                       const EvaluateOptions& options);
 
 std::string FormatTable(const LengthReport& report);
-/// An object with weights_id, hidden, `facts` and one entry per report.
+/// An object with weights_id, `facts`, what was measured ("hidden": 512, say) and one entry per
+/// report.
 std::string FormatJson(const std::vector<LengthReport>& reports, const std::string& weights_id,
-                       int hidden, const std::map<std::string, std::string>& facts);
+                       const std::string& size_name, int size,
+                       const std::map<std::string, std::string>& facts);
 
 }  // namespace vsprefill::training

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "absl/strings/str_format.h"
 #include "kernels/indexer.h"
 
 namespace vsprefill::training {
@@ -43,6 +44,10 @@ torch::Tensor MassAtCost(const torch::Tensor& mass, const torch::Tensor& predict
 torch::Tensor RmsNormalize(const torch::Tensor& x) {
   const torch::Tensor wide = x.to(torch::kFloat32);
   return wide * torch::rsqrt(wide.square().mean(-1, /*keepdim=*/true) + 1e-6);
+}
+
+std::string KlLoss::ToString() const {
+  return absl::StrFormat("KL vertical %.4f slash %.4f", vertical, slash);
 }
 
 Student::Student(const StudentShape& shape, torch::Device device, uint64_t seed, bool bf16_hidden)

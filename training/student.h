@@ -5,6 +5,7 @@
 #include <torch/torch.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -14,6 +15,7 @@ namespace vsprefill::training {
 
 /// What the teacher saw of one text. float32, on the student's device.
 struct Sample {
+  int64_t tokens = 0;
   torch::Tensor
       features;  // [layers, groups, tokens, 2 * head_dim]: normalised key, normalised value
   torch::Tensor columns;    // [layers, groups, tokens]: true attention mass per column, sums to 1
@@ -28,6 +30,11 @@ struct StudentShape {
 struct KlLoss {
   double vertical = 0, slash = 0;
   double total() const { return vertical + slash; }
+  void Add(double weight, const KlLoss& other) {
+    vertical += weight * other.vertical;
+    slash += weight * other.slash;
+  }
+  std::string ToString() const;
 };
 
 /// x / sqrt(mean of squares over the last dimension + 1e-6), float32: what the indexer does to K
@@ -36,6 +43,11 @@ torch::Tensor RmsNormalize(const torch::Tensor& x);
 
 class Student {
  public:
+  using Sample = training::Sample;
+  using Loss = KlLoss;
+  using Shape = StudentShape;
+  static constexpr bool kNeedsQueries = false, kNeedsSums = true;
+
   /// Random weights from `seed`. `bf16_hidden`: the hidden layer's product in bfloat16.
   Student(const StudentShape& shape, torch::Device device, uint64_t seed, bool bf16_hidden);
 

@@ -19,7 +19,8 @@ torch::Dtype ToTorch(kernels::DType dtype) {
 /// behind.
 class WatchingMethod : public attention::AttentionMethod {
  public:
-  WatchingMethod(model::Transformer* model, Capture* capture) : model_(model), capture_(capture) {
+  WatchingMethod(model::Transformer* model, Capture* capture, bool with_sums)
+      : model_(model), capture_(capture), with_sums_(with_sums) {
     const model::ModelConfig& config = model->config();
     kernels::AttentionShape shape;
     shape.num_q_heads = config.num_q_heads;
@@ -38,14 +39,7 @@ class WatchingMethod : public attention::AttentionMethod {
     }
     kernels::AttentionSequence sequence = call.sequences[0].attention;
     sequence.index = nullptr;
-    kernels::AttentionSumsArgs sums;
-    sums.shape = call.shape;
-    sums.sequence = sequence;
-    sums.lse = scratch_.data_ptr<float>();
-    sums.columns = capture_->columns[call.layer].data_ptr<float>();
-    sums.diagonals = capture_->diagonals[call.layer].data_ptr<float>();
-    VSP_RETURN_IF_ERROR(
-        FromKernelStatus(model_->kernels().attention_sums(sums, call.stream), "attention_sums"));
+    if (with_sums_) VSP_RETURN_IF_ERROR(Sum(call, sequence));
     if (capture_->queries.defined()) {
       // LibTorch works on its own stream: wait for the projection, and for the copy.
       VSP_RETURN_IF_ERROR(model_->Synchronize());
@@ -61,8 +55,20 @@ class WatchingMethod : public attention::AttentionMethod {
   }
 
  private:
+  absl::Status Sum(const attention::AttentionCall& call,
+                   const kernels::AttentionSequence& sequence) {
+    kernels::AttentionSumsArgs sums;
+    sums.shape = call.shape;
+    sums.sequence = sequence;
+    sums.lse = scratch_.data_ptr<float>();
+    sums.columns = capture_->columns[call.layer].data_ptr<float>();
+    sums.diagonals = capture_->diagonals[call.layer].data_ptr<float>();
+    return FromKernelStatus(model_->kernels().attention_sums(sums, call.stream), "attention_sums");
+  }
+
   model::Transformer* model_;
   Capture* capture_;
+  const bool with_sums_;
   torch::Tensor scratch_;
   std::map<std::string, double> parameters_;
 };
@@ -103,7 +109,8 @@ StudentShape Teacher::student_shape(int hidden) const {
   return {config.num_layers, config.num_kv_heads, config.head_dim, hidden};
 }
 
-absl::StatusOr<Capture> Teacher::Run(absl::Span<const int32_t> ids, bool with_queries) {
+absl::StatusOr<Capture> Teacher::Run(absl::Span<const int32_t> ids, bool with_queries,
+                                     bool with_sums) {
   const int64_t tokens = ids.size();
   if (tokens < 1 || tokens > max_tokens_) {
     return absl::InvalidArgumentError(
@@ -121,7 +128,7 @@ absl::StatusOr<Capture> Teacher::Run(absl::Span<const int32_t> ids, bool with_qu
     capture.queries =
         torch::empty({config.num_layers, tokens, config.num_q_heads, config.head_dim}, stored);
   }
-  WatchingMethod method(model_.get(), &capture);
+  WatchingMethod method(model_.get(), &capture, with_sums);
   // The buffers were filled on LibTorch's stream, the kernels run on the model's.
   if (device_.is_cuda()) torch::cuda::synchronize();
 
@@ -152,6 +159,7 @@ absl::StatusOr<Capture> Teacher::Run(absl::Span<const int32_t> ids, bool with_qu
 
 Sample Teacher::ToSample(const Capture& capture) {
   Sample sample;
+  sample.tokens = capture.tokens;
   sample.columns = capture.columns;
   sample.diagonals = capture.diagonals;
   std::vector<torch::Tensor> features;

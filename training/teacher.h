@@ -23,7 +23,7 @@ namespace vsprefill::training {
 /// said.
 struct Capture {
   int64_t tokens = 0;
-  torch::Tensor columns, diagonals;  // float32 [layers, groups, tokens]
+  torch::Tensor columns, diagonals;  // float32 [layers, groups, tokens]; 0 where not asked for
   torch::Tensor
       queries;  // [layers, tokens, num_q_heads, head_dim], after RoPE; only where asked for
   /// Per layer [groups, tokens, head_dim], after RoPE; views into the teacher's cache.
@@ -37,7 +37,8 @@ class Teacher {
                                                          int64_t max_tokens);
 
   /// Runs a text of 1..max_tokens ids. The result's keys and values are valid until the next call.
-  absl::StatusOr<Capture> Run(absl::Span<const int32_t> ids, bool with_queries);
+  absl::StatusOr<Capture> Run(absl::Span<const int32_t> ids, bool with_queries,
+                              bool with_sums = true);
 
   /// The student's view of a capture.
   static Sample ToSample(const Capture& capture);

@@ -26,6 +26,29 @@ double Smooth(double old_value, double new_value, bool first) {
   return first ? new_value : old_value + kSmoothing * (new_value - old_value);
 }
 
+Student MakeLearner(const TrainOptions& options, const StudentShape& shape, torch::Device device) {
+  return Student(shape, device, options.seed, options.bf16_hidden);
+}
+SeerStudent MakeLearner(const TrainOptions& options, const SeerShape& shape, torch::Device device) {
+  return SeerStudent(shape, device, options.seed);
+}
+
+Sample ToSample(const Student&, const Capture& capture, int64_t /*slab_bytes*/) {
+  return Teacher::ToSample(capture);
+}
+SeerSample ToSample(const SeerStudent& student, const Capture& capture, int64_t slab_bytes) {
+  return SeerStudent::ToSample(student.shape(), capture, slab_bytes);
+}
+
+/// What the student sees of a text.
+template <class Learner>
+absl::StatusOr<typename Learner::Sample> Watch(Teacher& teacher, const Learner& student,
+                                               absl::Span<const int32_t> ids, int64_t slab_bytes) {
+  VSP_ASSIGN_OR_RETURN(const Capture capture,
+                       teacher.Run(ids, Learner::kNeedsQueries, Learner::kNeedsSums));
+  return ToSample(student, capture, slab_bytes);
+}
+
 }  // namespace
 
 double TrainedShare(const TrainOptions& options, int64_t step, double elapsed_seconds) {
@@ -43,25 +66,27 @@ double LearningRate(const TrainOptions& options, int64_t step, double elapsed_se
          (low + (1 - low) * 0.5 * (1 + std::cos(std::numbers::pi * share)));
 }
 
-Trainer::Trainer(const TrainOptions& options, const StudentShape& shape, torch::Device device)
+template <class Learner>
+BasicTrainer<Learner>::BasicTrainer(const TrainOptions& options,
+                                    const typename Learner::Shape& shape, torch::Device device)
     : options_(options),
-      student_(shape, device, options.seed, options.bf16_hidden),
+      student_(MakeLearner(options, shape, device)),
       optimizer_(student_.Parameters(), torch::optim::AdamWOptions(options.learning_rate)
                                             .betas({0.9, 0.98})
                                             .weight_decay(options.weight_decay)) {}
 
-absl::StatusOr<KlLoss> Trainer::Step(const SampleSource& source) {
+template <class Learner>
+absl::StatusOr<typename BasicTrainer<Learner>::Loss> BasicTrainer<Learner>::Step(
+    const SampleSource& source) {
   const double rate = LearningRate(options_, step_, elapsed_seconds_);
   for (auto& group : optimizer_.param_groups()) group.options().set_lr(rate);
   optimizer_.zero_grad();
   const double weight = 1.0 / options_.texts_per_step;
-  KlLoss mean;
+  Loss mean;
   for (int64_t i = 0; i < options_.texts_per_step; ++i) {
     VSP_ASSIGN_OR_RETURN(const Sample sample, source(i));
-    const KlLoss loss = student_.Accumulate(sample, weight, options_.slab_bytes);
-    mean.vertical += weight * loss.vertical;
-    mean.slash += weight * loss.slash;
-    tokens_ += sample.columns.size(2);
+    mean.Add(weight, student_.Accumulate(sample, weight, options_.slab_bytes));
+    tokens_ += sample.tokens;
   }
   if (!std::isfinite(mean.total())) {
     return absl::InternalError(
@@ -72,7 +97,8 @@ absl::StatusOr<KlLoss> Trainer::Step(const SampleSource& source) {
   return mean;
 }
 
-absl::Status Trainer::Save(const std::string& path, const std::string& weights_id) {
+template <class Learner>
+absl::Status BasicTrainer<Learner>::Save(const std::string& path, const std::string& weights_id) {
   const std::string temporary = path + ".tmp";
   try {
     torch::serialize::OutputArchive archive;
@@ -94,7 +120,9 @@ absl::Status Trainer::Save(const std::string& path, const std::string& weights_i
   return absl::OkStatus();
 }
 
-absl::Status Trainer::Restore(const std::string& path, const std::string& weights_id) {
+template <class Learner>
+absl::Status BasicTrainer<Learner>::Restore(const std::string& path,
+                                            const std::string& weights_id) {
   try {
     torch::serialize::InputArchive archive;
     archive.load_from(path, torch::kCPU);
@@ -111,9 +139,8 @@ absl::Status Trainer::Restore(const std::string& path, const std::string& weight
     for (size_t i = 0; i < state.size(); ++i) {
       archive.read(absl::StrFormat("student%d", i), stored[i]);
       if (stored[i].sizes() != state[i].sizes()) {
-        return absl::InvalidArgumentError(
-            absl::StrFormat("checkpoint %s was made with other sizes (--hidden %d?)", path,
-                            student_.shape().hidden));
+        return absl::InvalidArgumentError(absl::StrFormat(
+            "checkpoint %s was made with other sizes (--hidden, --gate_dim?)", path));
       }
     }
     torch::serialize::InputArchive optimizer;
@@ -132,17 +159,22 @@ absl::Status Trainer::Restore(const std::string& path, const std::string& weight
   return absl::OkStatus();
 }
 
-absl::Status Trainer::CalibrateFrom(Teacher& teacher, const TextSampler& sampler) {
-  std::vector<Sample> samples;
-  for (int64_t i = 0; i < options_.calibration_texts; ++i) {
-    VSP_ASSIGN_OR_RETURN(const Capture capture, teacher.Run(sampler.Text(i), false));
-    samples.push_back(Teacher::ToSample(capture));
+template <class Learner>
+absl::Status BasicTrainer<Learner>::CalibrateFrom(Teacher& teacher, const TextSampler& sampler) {
+  if constexpr (requires { student_.Calibrate(std::vector<Sample>()); }) {
+    std::vector<Sample> samples;
+    for (int64_t i = 0; i < options_.calibration_texts; ++i) {
+      VSP_ASSIGN_OR_RETURN(samples.emplace_back(),
+                           Watch(teacher, student_, sampler.Text(i), options_.slab_bytes));
+    }
+    student_.Calibrate(samples);
   }
-  student_.Calibrate(samples);
   return absl::OkStatus();
 }
 
-absl::StatusOr<TrainResult> Trainer::Run(Teacher& teacher, const Corpus& corpus) {
+template <class Learner>
+absl::StatusOr<TrainResult<typename BasicTrainer<Learner>::Loss>> BasicTrainer<Learner>::Run(
+    Teacher& teacher, const Corpus& corpus) {
   const TextSampler sampler(&corpus, options_.lengths, options_.seed);
   const std::string& weights_id = teacher.model().weights_id();
   if (options_.resume && std::filesystem::exists(options_.checkpoint)) {
@@ -155,8 +187,8 @@ absl::StatusOr<TrainResult> Trainer::Run(Teacher& teacher, const Corpus& corpus)
   const absl::Time start = absl::Now();
   const int64_t first_step = step_;
   Progress progress(options_.steps, step_);
-  TrainResult result;
-  KlLoss shown;
+  TrainResult<Loss> result;
+  Loss shown, tail;
   int64_t tail_steps = 0, recall_readings = 0;
   double recall = 0;
   bool last = step_ >= options_.steps;
@@ -167,9 +199,8 @@ absl::StatusOr<TrainResult> Trainer::Run(Teacher& teacher, const Corpus& corpus)
     const bool read_recall = step % kRecallEvery == 0 || step + 1 == options_.steps || in_tail;
     auto source = [&](int64_t i) -> absl::StatusOr<Sample> {
       VSP_ASSIGN_OR_RETURN(
-          const Capture capture,
-          teacher.Run(sampler.Text(step * options_.texts_per_step + i), /*with_queries=*/false));
-      Sample sample = Teacher::ToSample(capture);
+          Sample sample, Watch(teacher, student_, sampler.Text(step * options_.texts_per_step + i),
+                               options_.slab_bytes));
       if (read_recall && i == 0) {
         const double reading = student_.ProxyRecall(sample, options_.slab_bytes);
         recall = Smooth(recall, reading, step == first_step);
@@ -180,17 +211,18 @@ absl::StatusOr<TrainResult> Trainer::Run(Teacher& teacher, const Corpus& corpus)
       }
       return sample;
     };
-    VSP_ASSIGN_OR_RETURN(const KlLoss loss, Step(source));
-    shown.vertical = Smooth(shown.vertical, loss.vertical, step == first_step);
-    shown.slash = Smooth(shown.slash, loss.slash, step == first_step);
+    VSP_ASSIGN_OR_RETURN(const Loss loss, Step(source));
+    const double share = step == first_step ? 1 : kSmoothing;
+    Loss smoothed;
+    smoothed.Add(1 - share, shown);
+    smoothed.Add(share, loss);
+    shown = smoothed;
     if (in_tail) {
-      result.loss.vertical += loss.vertical;
-      result.loss.slash += loss.slash;
+      tail.Add(1, loss);
       ++tail_steps;
     }
-    progress.Update(step_,
-                    absl::StrFormat("KL vertical %.4f slash %.4f  recall@10%% %.3f  %d tokens",
-                                    shown.vertical, shown.slash, recall, tokens_));
+    progress.Update(step_, absl::StrFormat("%s  recall@10%% %.3f  %d tokens", shown.ToString(),
+                                           recall, tokens_));
     last = step_ >= options_.steps ||
            (options_.max_seconds > 0 &&
             absl::ToDoubleSeconds(absl::Now() - start) >= options_.max_seconds);
@@ -202,23 +234,29 @@ absl::StatusOr<TrainResult> Trainer::Run(Teacher& teacher, const Corpus& corpus)
   result.texts = step_ * options_.texts_per_step;
   result.tokens = tokens_;
   result.seconds = absl::ToDoubleSeconds(absl::Now() - start);
-  result.loss.vertical /= std::max<int64_t>(1, tail_steps);
-  result.loss.slash /= std::max<int64_t>(1, tail_steps);
+  result.loss.Add(1.0 / std::max<int64_t>(1, tail_steps), tail);
   result.recall /= std::max<int64_t>(1, recall_readings);
   return result;
 }
 
-absl::StatusOr<KlLoss> HeldoutLoss(Teacher& teacher, const Student& student,
-                                   const std::vector<absl::Span<const int32_t>>& texts,
-                                   int64_t slab_bytes) {
-  KlLoss mean;
+template <class Learner>
+absl::StatusOr<typename Learner::Loss> HeldoutLoss(
+    Teacher& teacher, const Learner& student, const std::vector<absl::Span<const int32_t>>& texts,
+    int64_t slab_bytes) {
+  typename Learner::Loss mean;
   for (const absl::Span<const int32_t>& text : texts) {
-    VSP_ASSIGN_OR_RETURN(const Capture capture, teacher.Run(text, /*with_queries=*/false));
-    const KlLoss loss = student.Evaluate(Teacher::ToSample(capture), slab_bytes);
-    mean.vertical += loss.vertical / texts.size();
-    mean.slash += loss.slash / texts.size();
+    VSP_ASSIGN_OR_RETURN(const auto sample, Watch(teacher, student, text, slab_bytes));
+    mean.Add(1.0 / texts.size(), student.Evaluate(sample, slab_bytes));
   }
   return mean;
 }
+
+template class BasicTrainer<Student>;
+template class BasicTrainer<SeerStudent>;
+template absl::StatusOr<KlLoss> HeldoutLoss(Teacher&, const Student&,
+                                            const std::vector<absl::Span<const int32_t>>&, int64_t);
+template absl::StatusOr<SeerLoss> HeldoutLoss(Teacher&, const SeerStudent&,
+                                              const std::vector<absl::Span<const int32_t>>&,
+                                              int64_t);
 
 }  // namespace vsprefill::training

@@ -1,4 +1,5 @@
-// The training loop: texts through the teacher, gradients into the student, AdamW, checkpoints.
+// The training loop: texts through the teacher, gradients into the student, AdamW, checkpoints. The
+// same for both students: the VSIndexer's and SeerAttention's gate.
 #pragma once
 
 #include <torch/torch.h>
@@ -11,6 +12,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "training/corpus.h"
+#include "training/seer_student.h"
 #include "training/student.h"
 #include "training/teacher.h"
 
@@ -41,24 +43,31 @@ double TrainedShare(const TrainOptions& options, int64_t step, double elapsed_se
 /// Learning rate at `step`: linear warm-up, then cosine over the share.
 double LearningRate(const TrainOptions& options, int64_t step, double elapsed_seconds);
 
+template <class Loss>
 struct TrainResult {
   int64_t steps = 0, texts = 0, tokens = 0;
   double seconds = 0;
-  KlLoss loss;        // mean of the last tenth of the training
+  Loss loss;          // mean of the last tenth of the training
   double recall = 0;  // proxy, mean of the last tenth of its readings
 };
 
-/// Student, optimiser and position in the data order: what a checkpoint holds.
-class Trainer {
+/// Student, optimiser and position in the data order: what a checkpoint holds. `Learner`: Student
+/// or SeerStudent, for which trainer.cc instantiates it.
+template <class Learner>
+class BasicTrainer {
  public:
-  Trainer(const TrainOptions& options, const StudentShape& shape, torch::Device device);
+  using Sample = typename Learner::Sample;
+  using Loss = typename Learner::Loss;
+
+  BasicTrainer(const TrainOptions& options, const typename Learner::Shape& shape,
+               torch::Device device);
 
   /// Gives sample i of a step; called for 0..texts_per_step - 1 in order, one sample alive at a
   /// time.
   using SampleSource = std::function<absl::StatusOr<Sample>(int64_t index)>;
   /// One optimiser step; the gradient is the mean over its samples. INTERNAL where the loss is not
   /// finite.
-  absl::StatusOr<KlLoss> Step(const SampleSource& source);
+  absl::StatusOr<Loss> Step(const SampleSource& source);
 
   /// Writes everything that Restore needs, first beside the file, then renamed over it.
   absl::Status Save(const std::string& path, const std::string& weights_id);
@@ -67,24 +76,28 @@ class Trainer {
   absl::Status Restore(const std::string& path, const std::string& weights_id);
 
   /// Trains to options.steps with the teacher's samples of `corpus`.
-  absl::StatusOr<TrainResult> Run(Teacher& teacher, const Corpus& corpus);
+  absl::StatusOr<TrainResult<Loss>> Run(Teacher& teacher, const Corpus& corpus);
 
-  Student& student() { return student_; }
+  Learner& student() { return student_; }
   int64_t step() const { return step_; }
 
  private:
   absl::Status CalibrateFrom(Teacher& teacher, const TextSampler& sampler);
 
   const TrainOptions options_;
-  Student student_;
+  Learner student_;
   torch::optim::AdamW optimizer_;
   int64_t step_ = 0, tokens_ = 0;
   double elapsed_seconds_ = 0;  // of this Run, as of the current step's beginning
 };
 
+using Trainer = BasicTrainer<Student>;
+using SeerTrainer = BasicTrainer<SeerStudent>;
+
 /// Mean loss over held-out texts.
-absl::StatusOr<KlLoss> HeldoutLoss(Teacher& teacher, const Student& student,
-                                   const std::vector<absl::Span<const int32_t>>& texts,
-                                   int64_t slab_bytes);
+template <class Learner>
+absl::StatusOr<typename Learner::Loss> HeldoutLoss(
+    Teacher& teacher, const Learner& student, const std::vector<absl::Span<const int32_t>>& texts,
+    int64_t slab_bytes);
 
 }  // namespace vsprefill::training

@@ -25,7 +25,7 @@ absl::Status Run(const Options& options) {
   std::cerr << "vsprefill-decode: " << device.reason << std::endl;
   model::LoadOptions load;
   load.model_dir = options.model_dir;
-  load.indexer_path = "none";  // decoding attends to everything
+  load.indexer_path = load.seer_gate_path = "none";  // decoding attends to everything
   load.device = device.kind;
   load.dtype = options.dtype;
   load.cpu_threads = options.threads;

@@ -118,12 +118,13 @@ if ! grep -qs . models/SmolLM2-135M-Instruct/conversion.json || ! done_before mo
   mark_done model deploy/local/make_model.py
 fi
 
-# The indexer that vsprefill-distill trained for this model; the server looks for it in the model's directory.
-indexer=deploy/local/indexer.safetensors
-if [ -f $indexer ] && ! cmp -s $indexer models/SmolLM2-135M-Instruct/indexer.safetensors; then
-  cp $indexer models/SmolLM2-135M-Instruct/.indexer.tmp
-  mv models/SmolLM2-135M-Instruct/.indexer.tmp models/SmolLM2-135M-Instruct/indexer.safetensors
-fi
+# What vsprefill-distill trained for this model; the server looks for it in the model's directory.
+for part in indexer.safetensors seer_gate.safetensors; do
+  if [ -f deploy/local/$part ] && ! cmp -s deploy/local/$part models/SmolLM2-135M-Instruct/$part; then
+    cp deploy/local/$part models/SmolLM2-135M-Instruct/.$part.tmp
+    mv models/SmolLM2-135M-Instruct/.$part.tmp models/SmolLM2-135M-Instruct/$part
+  fi
+done
 
 if [ $fixtures = 1 ]; then
   step "test models"

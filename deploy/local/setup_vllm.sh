@@ -49,12 +49,15 @@ if [ ! -f client/python/vsprefill/v1/.generated ]; then
   .venv/bin/python client/python/generate_proto.py
 fi
 
-# vLLM loads every *.safetensors of a model's directory, so the indexer must not be there.
+# vLLM loads every *.safetensors of a model's directory, so indexer and gate must not be there.
 links=models/vllm/$(basename $model)
 mkdir -p "$links"
 find "$links" -type l -delete
 for file in "$model"/*; do
-  if [ "$(basename "$file")" != indexer.safetensors ]; then ln -s "$(realpath "$file")" "$links/"; fi
+  case $(basename "$file") in
+    indexer.safetensors | seer_gate.safetensors) ;;
+    *) ln -s "$(realpath "$file")" "$links/" ;;
+  esac
 done
 
 # Three processes import all of this at each start of vLLM, so the compiled files are kept whatever the environment says.

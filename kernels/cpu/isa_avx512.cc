@@ -7,13 +7,15 @@
 #include "kernels/cpu/indexer_inl.h"
 #include "kernels/cpu/isa_kernels.h"
 #include "kernels/cpu/layer_ops_inl.h"
+#include "kernels/cpu/unrotate_inl.h"
 
 namespace vsprefill::kernels::cpu {
 
 const IsaKernels& Avx512Kernels() {
-  static constexpr IsaKernels kKernels{
-      AttentionBegin, AttentionColumns, AttentionMerge, AttentionFinish, AttentionSums,
-      IndexerTokens,  RmsNorm,          QkvRopeAppend,  SiluMul,         DotProducts};
+  static constexpr IsaKernels kKernels{AttentionBegin,  AttentionColumns, AttentionMerge,
+                                       AttentionFinish, AttentionSums,    IndexerTokens,
+                                       RmsNorm,         QkvRopeAppend,    SiluMul,
+                                       DotProducts,     UnrotatePool};
   return kKernels;
 }
 

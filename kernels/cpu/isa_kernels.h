@@ -66,6 +66,18 @@ struct IndexerTask {
   float* slash_logits = nullptr;
 };
 
+/// Rows of one head at consecutive positions, their RoPE undone, pooled (kernels/select_seer.h).
+struct UnrotatePoolTask {
+  const void* base = nullptr;
+  int64_t offset = 0, row_stride = 0;  // elements
+  int64_t rows = 0;                    // at least 1
+  int head_dim = 0;
+  DType dtype = DType::kBF16;
+  const float* cos = nullptr;  // [rows, head_dim / 2], from the first row's position on
+  const float* sin = nullptr;
+  float *max = nullptr, *min = nullptr, *sum = nullptr;  // [head_dim] each, or null
+};
+
 struct IsaKernels {
   /// Packs the query rows and clears the sums. `query_rows`: [rows] pointers.
   void (*attention_begin)(const AttentionTile& tile, const void* const* query_rows);
@@ -91,6 +103,7 @@ struct IsaKernels {
   /// b: [depth, lanes], c: [rows, lanes], all contiguous; lanes is a multiple of 16.
   void (*dot_products)(const float* a, int64_t rows, const float* b, int64_t depth, int lanes,
                        float* c);
+  void (*unrotate_pool)(const UnrotatePoolTask& task);
 };
 
 const IsaKernels& Avx2Kernels();

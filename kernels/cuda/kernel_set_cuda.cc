@@ -3,11 +3,11 @@
 namespace vsprefill::kernels {
 
 const KernelSet* CudaKernelsOrNull() {
-  static const KernelSet set{AttentionCuda,    CountPairsCuda,       SelectCuda,
-                             IndexerCuda,      RmsNormCuda,          QkvRopeAppendCuda,
-                             SiluMulCuda,      AttentionSumsCuda,    PoolBlocksCuda,
-                             SelectWindowCuda, SelectFlashCuda,      SelectMInferenceCuda,
-                             SelectFlexCuda,   SelectXAttentionCuda, SelectAnchorCuda};
+  static const KernelSet set{
+      AttentionCuda,  CountPairsCuda,       SelectCuda,       IndexerCuda,
+      RmsNormCuda,    QkvRopeAppendCuda,    SiluMulCuda,      AttentionSumsCuda,
+      PoolBlocksCuda, SelectWindowCuda,     SelectFlashCuda,  SelectMInferenceCuda,
+      SelectFlexCuda, SelectXAttentionCuda, SelectAnchorCuda, SelectSeerCuda};
   return &set;
 }
 

@@ -40,6 +40,10 @@ struct AttentionCall {
   int layer = 0;
   kernels::AttentionShape shape;
   absl::Span<SequenceCall> sequences;
+  /// The model's RoPE tables in memory of the device: float32 [>= every kv_tokens, head_dim / 2],
+  /// attention factor included. For methods that look at queries and keys as they were before it.
+  const float* rope_cos = nullptr;
+  const float* rope_sin = nullptr;
   kernels::Stream stream = nullptr;
 };
 
@@ -57,6 +61,8 @@ struct MethodContext {
   /// Per-layer, per-group factors on the selection threshold, [num_layers][num_kv_heads]; empty:
   /// all 1.
   std::vector<std::vector<float>> threshold_scale;
+  /// The model's SeerAttention gate, per layer; empty: none is loaded.
+  std::vector<kernels::SeerGateLayer> seer_gate;
 };
 
 /// How much the index of the last chunk's first sequence held, and what choosing it cost.
@@ -97,6 +103,7 @@ struct MethodSpec {
   std::string name;
   std::string help;
   bool needs_indexer = false;
+  bool needs_seer_gate = false;
   std::vector<ParameterSpec> parameters;
   /// Whether a device's kernels can run it; null: all can.
   bool (*runs_on)(const kernels::KernelSet& kernels) = nullptr;

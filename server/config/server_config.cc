@@ -156,6 +156,10 @@ const std::vector<Flag>& Flags() {
        "VSIndexer file, or none (default: indexer.safetensors in the model directory,\n"
        "where it exists)",
        Text(&C::indexer)},
+      {"seer_gate", "PATH",
+       "SeerAttention's gate, or none (default: seer_gate.safetensors in the model directory,\n"
+       "where it exists)",
+       Text(&C::seer_gate)},
       {"kv_pool_bytes", "BYTES",
        "memory for the KV of all requests, reserved at admission: more lets more requests wait\n"
        "or be slow to read (default 4GiB)",

@@ -17,6 +17,7 @@ struct ServerConfig {
   std::string model_dir;
   std::string model_name;  // default: the directory's name
   std::string indexer;     // path, "none", or empty: the model's own where there is one
+  std::string seer_gate;   // likewise
   std::string listen = "127.0.0.1:8470";
   std::string metrics_listen = "127.0.0.1:8471";
   std::string device = "auto";

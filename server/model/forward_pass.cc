@@ -177,6 +177,8 @@ absl::Status ForwardPass::Attend(int layer, absl::Span<const SequenceChunk> batc
   call.shape.dtype = dtype_;
   call.shape.scale = 1.0f / std::sqrt(static_cast<float>(config.head_dim));
   call.sequences = absl::MakeSpan(sequences);
+  call.rope_cos = cos_;
+  call.rope_sin = sin_;
   call.stream = model_.backend->stream();
   return options.method->Attend(call);
 }

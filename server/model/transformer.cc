@@ -10,6 +10,7 @@
 #include "server/model/identity.h"
 #include "server/model/model_weights.h"
 #include "server/model/safetensors.h"
+#include "server/model/seer_gate.h"
 #include "server/model/torch_backend.h"
 #include "server/model/torch_guard.h"
 #include "server/model/vs_indexer.h"
@@ -45,6 +46,7 @@ class LoadedTransformer final : public Transformer {
 
  private:
   absl::Status LoadIndexer(const LoadOptions& options);
+  absl::Status LoadSeerGate(const LoadOptions& options);
 
   ModelConfig config_;
   std::string weights_id_;
@@ -52,6 +54,7 @@ class LoadedTransformer final : public Transformer {
   std::unique_ptr<TorchBackend> backend_;
   ModelWeights weights_;
   std::unique_ptr<VsIndexer> indexer_;
+  std::unique_ptr<SeerGate> seer_gate_;
   attention::MethodContext method_context_;
   std::unique_ptr<ForwardPass> forward_;
 };
@@ -87,24 +90,31 @@ absl::Status LoadedTransformer::Init(const LoadOptions& options) {
   kv_layout_.dtype = options.dtype;
   kv_layout_.kv_id = KvId(config_, weights_id_, options.dtype);
   VSP_RETURN_IF_ERROR(LoadIndexer(options));
+  VSP_RETURN_IF_ERROR(LoadSeerGate(options));
 
   method_context_.kernels = kernel_set;
   method_context_.allocator = &backend_->allocator();
   method_context_.library_attention = backend_->library_attention();
   method_context_.num_layers = config_.num_layers;
   if (indexer_ != nullptr) method_context_.threshold_scale = indexer_->threshold_scale();
+  if (seer_gate_ != nullptr) method_context_.seer_gate = seer_gate_->layers();
   forward_ = std::make_unique<ForwardPass>(ForwardPass::Model{
       &config_, &kv_layout_, &weights_, indexer_.get(), kernel_set, backend_.get()});
   return absl::OkStatus();
 }
 
+/// Where a trained part of the model lies: what was asked for, else `name` in the model's directory
+/// where it exists; empty: nowhere.
+std::string PartPath(const LoadOptions& options, const std::string& asked, const char* name) {
+  if (asked == "none") return "";
+  if (!asked.empty()) return asked;
+  const std::string own = absl::StrCat(options.model_dir, "/", name);
+  return FileExists(own) ? own : "";
+}
+
 absl::Status LoadedTransformer::LoadIndexer(const LoadOptions& options) {
-  if (options.indexer_path == "none") return absl::OkStatus();
-  std::string path = options.indexer_path;
-  if (path.empty()) {
-    path = options.model_dir + "/indexer.safetensors";
-    if (!FileExists(path)) return absl::OkStatus();
-  }
+  const std::string path = PartPath(options, options.indexer_path, "indexer.safetensors");
+  if (path.empty()) return absl::OkStatus();
   IndexerExpectation expectation;
   expectation.weights_id = weights_id_;
   expectation.num_layers = config_.num_layers;
@@ -112,6 +122,22 @@ absl::Status LoadedTransformer::LoadIndexer(const LoadOptions& options) {
   expectation.head_dim = config_.head_dim;
   VSP_ASSIGN_OR_RETURN(const IndexerWeights weights, ReadIndexer(path, expectation));
   VSP_ASSIGN_OR_RETURN(indexer_, VsIndexer::Create(weights, options.device));
+  return absl::OkStatus();
+}
+
+absl::Status LoadedTransformer::LoadSeerGate(const LoadOptions& options) {
+  const std::string path = PartPath(options, options.seer_gate_path, "seer_gate.safetensors");
+  if (path.empty()) return absl::OkStatus();
+  SeerGateExpectation expectation;
+  expectation.weights_id = weights_id_;
+  expectation.num_layers = config_.num_layers;
+  expectation.num_q_heads = config_.num_q_heads;
+  expectation.num_kv_heads = config_.num_kv_heads;
+  expectation.head_dim = config_.head_dim;
+  VSP_ASSIGN_OR_RETURN(const SeerGateWeights weights, ReadSeerGate(path, expectation));
+  VSP_ASSIGN_OR_RETURN(
+      seer_gate_,
+      SeerGate::Create(weights, config_.rope, config_.max_position_embeddings, options.device));
   return absl::OkStatus();
 }
 

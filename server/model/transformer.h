@@ -25,6 +25,8 @@ struct LoadOptions {
   std::string model_dir;
   /// Empty: model_dir/indexer.safetensors where it exists; "none": without.
   std::string indexer_path;
+  /// Likewise for model_dir/seer_gate.safetensors, SeerAttention's gate.
+  std::string seer_gate_path;
   kernels::DeviceKind device = kernels::DeviceKind::kCpu;
   kernels::DType dtype = kernels::DType::kBF16;
   int cpu_threads = 0;  // 0: all cores
@@ -67,7 +69,8 @@ struct ForwardResult {
 class Transformer {
  public:
   /// Loads a Hugging Face directory. INVALID_ARGUMENT: bad file or unsupported model, one clear
-  /// line; FAILED_PRECONDITION: an indexer distilled for other weights; NOT_FOUND: no such file.
+  /// line; FAILED_PRECONDITION: an indexer or gate trained for other weights; NOT_FOUND: no such
+  /// file.
   static absl::StatusOr<std::unique_ptr<Transformer>> Load(const LoadOptions& options);
   virtual ~Transformer() = default;
 
@@ -75,6 +78,7 @@ class Transformer {
   virtual const kv::KvLayout& kv_layout() const = 0;  // kv_id set
   virtual const std::string& weights_id() const = 0;
   virtual bool has_indexer() const = 0;
+  bool has_seer_gate() const { return !method_context().seer_gate.empty(); }
   virtual std::string device_description() const = 0;
   virtual kernels::DeviceKind device() const = 0;
   virtual Allocator& allocator() = 0;

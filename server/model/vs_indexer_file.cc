@@ -1,13 +1,11 @@
 // The file half of the indexer: needs no LibTorch, so tools and fuzzers link it alone.
-#include <cmath>
-#include <cstring>
 #include <utility>
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_format.h"
-#include "absl/types/span.h"
 #include "server/base/status_macros.h"
+#include "server/model/checked_tensors.h"
 #include "server/model/safetensors.h"
 #include "server/model/vs_indexer.h"
 
@@ -18,56 +16,6 @@ constexpr int kMaxHidden = 65536;
 
 std::string LayerName(int layer, absl::string_view part) {
   return absl::StrFormat("layers.%d.%s", layer, part);
-}
-
-template <typename T>
-absl::Span<const uint8_t> Bytes(const std::vector<T>& values) {
-  return {reinterpret_cast<const uint8_t*>(values.data()), values.size() * sizeof(T)};
-}
-
-absl::StatusOr<const TensorView*> GetTyped(const SafetensorsReader& reader, const std::string& name,
-                                           const std::vector<int64_t>& shape,
-                                           absl::string_view dtype) {
-  VSP_ASSIGN_OR_RETURN(const TensorView* tensor, reader.Get(name, shape));
-  if (tensor->dtype != dtype) {
-    return absl::InvalidArgumentError(absl::StrFormat("%s: tensor %s has dtype %s, expected %s",
-                                                      reader.source(), name, tensor->dtype, dtype));
-  }
-  return tensor;
-}
-
-absl::Status ReadFloats(const SafetensorsReader& reader, const std::string& name,
-                        const std::vector<int64_t>& shape, std::vector<float>* out) {
-  VSP_ASSIGN_OR_RETURN(const TensorView* tensor, GetTyped(reader, name, shape, "F32"));
-  out->resize(tensor->num_elements);
-  std::memcpy(out->data(), tensor->data.data(), tensor->data.size());
-  for (float value : *out) {
-    if (!std::isfinite(value)) {
-      return absl::InvalidArgumentError(
-          absl::StrFormat("%s: tensor %s holds a value that is not finite", reader.source(), name));
-    }
-  }
-  return absl::OkStatus();
-}
-
-absl::Status ReadBFloat16(const SafetensorsReader& reader, const std::string& name,
-                          const std::vector<int64_t>& shape, std::vector<uint16_t>* out) {
-  VSP_ASSIGN_OR_RETURN(const TensorView* tensor, GetTyped(reader, name, shape, "BF16"));
-  out->resize(tensor->num_elements);
-  std::memcpy(out->data(), tensor->data.data(), tensor->data.size());
-  for (uint16_t bits : *out) {
-    if ((bits & 0x7f80) == 0x7f80) {  // all exponent bits set: infinity or NaN
-      return absl::InvalidArgumentError(
-          absl::StrFormat("%s: tensor %s holds a value that is not finite", reader.source(), name));
-    }
-  }
-  return absl::OkStatus();
-}
-
-absl::Status CheckSize(int layer, absl::string_view part, size_t size, int64_t expected) {
-  if (static_cast<int64_t>(size) == expected) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrFormat(
-      "indexer weights: %s has %d values, expected %d", LayerName(layer, part), size, expected));
 }
 
 }  // namespace
@@ -145,42 +93,24 @@ absl::Status WriteIndexer(const std::string& path, const IndexerWeights& weights
   const int64_t groups = weights.num_groups, width = weights.hidden;
   const int64_t features = 2 * int64_t{weights.head_dim};
   TensorMap tensors;
-  auto add = [&](std::string name, absl::string_view dtype, std::vector<int64_t> shape,
-                 absl::Span<const uint8_t> data) {
-    TensorView view;
-    view.dtype = std::string(dtype);
-    view.shape = std::move(shape);
-    view.num_elements = 1;
-    for (int64_t size : view.shape) view.num_elements *= size;
-    view.data = data;
-    tensors.emplace(std::move(name), std::move(view));
-  };
   for (int i = 0; i < weights.num_layers(); ++i) {
     const IndexerWeights::Layer& layer = weights.layers[i];
-    VSP_RETURN_IF_ERROR(CheckSize(i, "w1", layer.w1.size(), groups * width * features));
-    VSP_RETURN_IF_ERROR(CheckSize(i, "b1", layer.b1.size(), groups * width));
-    VSP_RETURN_IF_ERROR(CheckSize(i, "w2", layer.w2.size(), groups * 2 * width));
-    VSP_RETURN_IF_ERROR(CheckSize(i, "b2", layer.b2.size(), groups * 2));
-    VSP_RETURN_IF_ERROR(
-        CheckSize(i, "slash_prior", layer.slash_prior.size(), groups * kernels::kSlashBuckets));
-    add(LayerName(i, "w1"), "BF16", {groups, width, features}, Bytes(layer.w1));
-    add(LayerName(i, "b1"), "F32", {groups, width}, Bytes(layer.b1));
-    add(LayerName(i, "w2"), "F32", {groups, 2, width}, Bytes(layer.w2));
-    add(LayerName(i, "b2"), "F32", {groups, 2}, Bytes(layer.b2));
-    add(LayerName(i, "slash_prior"), "F32", {groups, kernels::kSlashBuckets},
-        Bytes(layer.slash_prior));
+    const auto add = [&](absl::string_view part, std::vector<int64_t> shape, const auto& values) {
+      return AddTensor("indexer", LayerName(i, part), std::move(shape), values, &tensors);
+    };
+    VSP_RETURN_IF_ERROR(add("w1", {groups, width, features}, layer.w1));
+    VSP_RETURN_IF_ERROR(add("b1", {groups, width}, layer.b1));
+    VSP_RETURN_IF_ERROR(add("w2", {groups, 2, width}, layer.w2));
+    VSP_RETURN_IF_ERROR(add("b2", {groups, 2}, layer.b2));
+    VSP_RETURN_IF_ERROR(add("slash_prior", {groups, kernels::kSlashBuckets}, layer.slash_prior));
   }
   std::vector<float> scale;
   if (!weights.threshold_scale.empty()) {
     for (const std::vector<float>& row : weights.threshold_scale) {
       scale.insert(scale.end(), row.begin(), row.end());
     }
-    if (static_cast<int64_t>(scale.size()) != weights.num_layers() * groups) {
-      return absl::InvalidArgumentError(
-          absl::StrFormat("indexer weights: threshold_scale has %d values, expected %d x %d",
-                          scale.size(), weights.num_layers(), groups));
-    }
-    add("threshold_scale", "F32", {weights.num_layers(), groups}, Bytes(scale));
+    VSP_RETURN_IF_ERROR(
+        AddTensor("indexer", "threshold_scale", {weights.num_layers(), groups}, scale, &tensors));
   }
   std::map<std::string, std::string> metadata = weights.facts;
   metadata["format"] = std::string(kIndexerFormat);

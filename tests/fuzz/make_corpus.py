@@ -49,6 +49,16 @@ def indexer(hidden=4, layers=2, groups=2, head_dim=16, weights_id="a" * 64, **kw
     return packed(tensors, metadata, data=bytes(size), **kwargs)
 
 
+def gate(gate_dim=4, layers=2, heads=4, groups=2, head_dim=8, named_dim=None, weights_id="a" * 64):
+    tensors = []
+    for i in range(layers):
+        tensors += [(f"layers.{i}.wq", "BF16", [heads, gate_dim, head_dim]),
+                    (f"layers.{i}.wk", "BF16", [groups, gate_dim, 3 * head_dim])]
+    metadata = {"format": "vsprefill-seer-gate-1", "weights_id": weights_id,
+                "gate_dim": str(gate_dim) if named_dim is None else named_dim}
+    return packed(tensors, metadata, data=bytes(sum(2 * math.prod(t[2]) for t in tensors)))
+
+
 LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=64, intermediate_size=128,
              num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=256,
              max_position_embeddings=512, rms_norm_eps=1e-5, hidden_act="silu", eos_token_id=[1, 2])
@@ -102,6 +112,19 @@ INDEXER = {
     "no_metadata": packed([("layers.0.w1", "BF16", [2, 4, 32])]),
     "truncated": indexer()[:-100],
 }
+GATE = {
+    "good": gate(),
+    "wide": gate(gate_dim=16),
+    "one_layer": gate(layers=1),
+    "three_layers": gate(layers=3),
+    "other_heads": gate(heads=2),
+    "odd_dim": gate(gate_dim=3),
+    "strange_dim": gate(named_dim="4\n"),
+    "huge_dim": gate(named_dim="99999999999999999999"),
+    "strange_id": gate(weights_id="line\nbreak\x01"),
+    "an_indexer": indexer(),
+    "truncated": gate()[:-100],
+}
 
 
 def varint(value):
@@ -145,7 +168,7 @@ IDS = {
 
 def main():
     for kind, seeds in (("config", {k: json.dumps(v).encode() for k, v in CONFIG.items()}),
-                        ("safetensors", SAFETENSORS), ("indexer", INDEXER),
+                        ("safetensors", SAFETENSORS), ("indexer", INDEXER), ("seer_gate", GATE),
                         ("kv_chunk", KV_CHUNKS), ("ids", IDS)):
         folder = HERE / kind
         folder.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,7 @@ std::string ModelDir() {
 std::unique_ptr<model::Transformer> LoadModel() {
   model::LoadOptions options;
   options.model_dir = ModelDir();
-  options.indexer_path = "none";
+  options.indexer_path = options.seer_gate_path = "none";
   options.dtype = kernels::DType::kF32;
   options.cpu_threads = 2;
   auto transformer = model::Transformer::Load(options);

@@ -148,10 +148,13 @@ TEST(ServerProcessTest, ServesHealthReflectionMetricsAndPrefill) {
   EXPECT_EQ(info.default_method(), "dense");
   EXPECT_EQ(info.compute_dtype(), "bfloat16");
   EXPECT_EQ(info.layout().dtype(), v1::KV_DTYPE_BFLOAT16);
-  // No indexer: only what can run is listed.
+  // No indexer, no gate: only what can run is listed.
   EXPECT_EQ(info.methods(0).name(), "dense");
-  EXPECT_EQ(info.methods_size(), static_cast<int>(attention::MethodSpecs().size()) - 1);
-  for (const v1::MethodInfo& method : info.methods()) EXPECT_NE(method.name(), "vsprefill");
+  EXPECT_EQ(info.methods_size(), static_cast<int>(attention::MethodSpecs().size()) - 2);
+  for (const v1::MethodInfo& method : info.methods()) {
+    EXPECT_NE(method.name(), "vsprefill");
+    EXPECT_NE(method.name(), "seer_attention");
+  }
   EXPECT_GT(info.vocab_size(), 0u);
 
   v1::PrefillRequest request = MakeRequest("r", Ids(50));
@@ -164,10 +167,22 @@ TEST(ServerProcessTest, ServesHealthReflectionMetricsAndPrefill) {
                                 "vsprefill_request_success_total{engine=\"0\",finished_reason="
                                 "\"delivered\",model_name=\"llama\"} 1"));
 
-  request.mutable_method()->set_name("vsprefill");
-  const StreamResult refused = Prefill(server.stub(), request);
-  EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
-  EXPECT_TRUE(absl::StrContains(refused.status.error_message(), "indexer"));
+  for (const auto& [method, part] :
+       {std::pair{"vsprefill", "an indexer"}, {"seer_attention", "a SeerAttention gate"}}) {
+    request.mutable_method()->set_name(method);
+    const StreamResult refused = Prefill(server.stub(), request);
+    EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+    EXPECT_EQ(
+        refused.status.error_message(),
+        absl::StrCat("method \"", method, "\" needs ", part,
+                     ", which this server was started without (",
+                     method == absl::string_view("vsprefill") ? "--indexer" : "--seer_gate", ")"));
+    // The next request is served, with what the first one got.
+    request.clear_method();
+    const StreamResult next = Prefill(server.stub(), request);
+    ASSERT_TRUE(next.status.ok()) << next.status.error_message();
+    EXPECT_EQ(next.first_token.token_id(), result.first_token.token_id());
+  }
 
   grpc::ClientContext load_context;
   v1::Load load;
@@ -248,9 +263,11 @@ TEST(ServerProcessTest, WrongStartsEndInOneLineAndExitCode2) {
       {{"--model", model, "--kv_pool_bytes", "many"}, {"--kv_pool_bytes", "many", "GiB"}},
       {{"--model", model, "--send_stall_timeout", "-1s"}, {"--send_stall_timeout", "-1s"}},
       {{"--model", model, "--method", "vsprefill"}, {"vsprefill", "indexer"}},
+      {{"--model", model, "--method", "seer_attention"}, {"seer_attention", "SeerAttention gate"}},
       {{"--model", model, "--method", "magic"}, {"magic", "dense"}},
       {{"--model", model, "--set", "wish=1"}, {"wish"}},
       {{"--model", model, "--indexer", "/nonexistent"}, {"/nonexistent"}},
+      {{"--model", model, "--seer_gate", "/nonexistent"}, {"/nonexistent"}},
       {{"--model", model, "--push_allow", "a b"}, {"a b", "HOST"}},
       {{"--model", model, "--listen", "nowhere"}, {"nowhere", "HOST:PORT"}},
       {{"--model", model, "--listen", other.address()}, {"cannot listen", other.address()}},
@@ -281,6 +298,7 @@ TEST(ServerProcessTest, HelpNamesEveryFlag) {
                            "method",
                            "set",
                            "indexer",
+                           "seer_gate",
                            "kv_pool_bytes",
                            "staging_bytes",
                            "chunk_tokens",

@@ -14,13 +14,16 @@
 #include <vector>
 
 #include "kernels/query_selection_math.h"
+#include "kernels/select_seer.h"
 #include "tests/kernels/kernel_test_util.h"
+#include "tests/kernels/seer_test_gate.h"
 
 namespace vsprefill::kernels {
 namespace {
 
 using ::vsprefill::kernels::testing::kAllIsas;
 using ::vsprefill::kernels::testing::ScopedIsa;
+using ::vsprefill::kernels::testing::SeerTestGate;
 using ::vsprefill::kernels::testing::Tensor;
 
 struct Case {
@@ -299,6 +302,28 @@ TEST_P(QuerySelectionTest, AnchorIsTheReferences) {
   }
 }
 
+TEST_P(QuerySelectionTest, SeerIsTheReferences) {
+  int64_t kept = 0, all = 0;
+  for (const Case& c : Cases()) {
+    const Problem p(c);
+    for (const int gate_dim : {2, 24, 128}) {
+      const SeerTestGate gate(p.input(), gate_dim, c.ties);
+      for (const SeerParams& params : {SeerParams{}, SeerParams{0.15, 0, 0}, SeerParams{0.3, 0, 1},
+                                       SeerParams{0.9, 0.4, 0}, SeerParams{0, 0, 2}}) {
+        Tiles expected(p.input(), true), actual(p.input(), true), everything(p.input(), true);
+        ASSERT_EQ(SelectSeerRef(gate.Input(p.input()), params, &expected.view, nullptr), kOk);
+        ASSERT_EQ(SelectSeerCpu(gate.Input(p.input()), params, &actual.view, nullptr), kOk);
+        EXPECT_TRUE(actual == expected)
+            << c.ToString() << ", gate_dim " << gate_dim << ", threshold " << params.threshold;
+        ASSERT_EQ(SelectSeerCpu(gate.Input(p.input()), {0, 0, 0}, &everything.view, nullptr), kOk);
+        kept += actual.Kept();
+        all += everything.Kept();
+      }
+    }
+  }
+  EXPECT_LT(kept, all) << "something must have been left out";
+}
+
 // What the reference cannot be wrong about.
 
 TEST(QuerySelectionRules, WindowCoversEveryRow) {
@@ -398,6 +423,59 @@ TEST(QuerySelectionRules, FlexTiesGoToTheSmallerNumber) {
   EXPECT_EQ(*aware.view.BlocksOf(0, 4), 0b10001u);
 }
 
+// The gate sees what was there before RoPE: a key that looks like the mean query before both were
+// rotated finds it, wherever the two stand.
+TEST(QuerySelectionRules, SeerFindsWhatStandsOutBeforeRope) {
+  constexpr int64_t kTokens = 8 * kKeyBlock, kDim = 16;
+  constexpr int64_t kSpecial = 2 * kKeyBlock + kSeerBlock;  // block 5 of 64
+  const Problem p({1, 1, kTokens, kTokens, kTokens, false, DType::kF32});
+  const SeerTestGate gate(p.input(), kDim, false);
+  SeerInput in = gate.Input(p.input());
+  Tensor q(kTokens * kDim, DType::kF32), k(kTokens * kDim, DType::kF32);
+  const auto set_rotated = [&](Tensor& x, int64_t i, float value) {
+    // (value, 0, ...) rotated by position i.
+    x.Set(i * kDim, value * in.rope_cos[i * kDim / 2]);
+    x.Set(i * kDim + kDim / 2, value * in.rope_sin[i * kDim / 2]);
+  };
+  for (int64_t i = 0; i < kTokens; ++i) {
+    set_rotated(q, i, 4.0f);
+    if (i >= kSpecial && i < kSpecial + kSeerBlock) set_rotated(k, i, 4.0f);
+  }
+  in.base.sequence.q = q.data();
+  in.base.sequence.k = k.data();
+  // The gate passes the mean on as it is and rotates nothing.
+  std::vector<float> wq(kDim * kDim, 0.0f), wk(kDim * 3 * kDim, 0.0f);
+  for (int64_t e = 0; e < kDim; ++e) wq[e * kDim + e] = wk[e * 3 * kDim + 2 * kDim + e] = 1;
+  const std::vector<float> one(kTokens / kSeerBlock * kDim / 2, 1.0f), zero(one.size(), 0.0f);
+  in.gate = {kDim, wq.data(), wk.data(), one.data(), zero.data(), 1.0f};
+  Tiles tiles(in.base, true);
+  ASSERT_EQ(SelectSeerCpu(in, {0.2, 0, 0}, &tiles.view, nullptr), kOk);
+  for (int64_t t = 3; t < 8; ++t) {
+    EXPECT_EQ(*tiles.view.BlocksOf(0, t), (1u << t) | 0b100u) << "tile " << t;
+  }
+  // A density of one block in 16 keeps the same; the last two row blocks read everything.
+  ASSERT_EQ(SelectSeerCpu(in, {0.2, 0.01, 2}, &tiles.view, nullptr), kOk);
+  EXPECT_EQ(*tiles.view.BlocksOf(0, 6), 0b1000100u);
+  EXPECT_EQ(*tiles.view.BlocksOf(0, 7), 0b11111111u);
+}
+
+TEST(QuerySelectionRules, SeerTiesGoToTheSmallerNumber) {
+  const Problem p({1, 1, 400, 400, 400, false, DType::kF32});
+  const SeerTestGate gate(p.input(), 16, false);
+  SeerInput in = gate.Input(p.input());
+  const std::vector<float> nothing(16 * 48, 0.0f);  // all shares are equal
+  in.gate.wq = in.gate.wk = nothing.data();
+  Tiles tiles(in.base, true);
+  // Row blocks 4 and 5 keep ceil(0.5 * 5) = 3 of 64 each, the first; their own tile is read anyway.
+  ASSERT_EQ(SelectSeerCpu(in, {0, 0.5, 0}, &tiles.view, nullptr), kOk);
+  EXPECT_EQ(*tiles.view.BlocksOf(0, 2), 0b111u);
+  EXPECT_EQ(*tiles.view.BlocksOf(0, 3), 0b1011u);
+  // A threshold keeps all that are equal: 1/6 each in row block 5, 1/7 in row block 6.
+  ASSERT_EQ(SelectSeerCpu(in, {0.15, 0, 0}, &tiles.view, nullptr), kOk);
+  EXPECT_EQ(*tiles.view.BlocksOf(0, 2), 0b111u);
+  EXPECT_EQ(*tiles.view.BlocksOf(0, 3), 0b1000u);
+}
+
 TEST(QuerySelectionRules, ParametersThatKeepEverything) {
   const Problem p({2, 1, 300, 500, 500});
   const int64_t all = 2 * (2 + 3 + 4);  // row tiles 1, 2, 3 of two heads
@@ -414,6 +492,12 @@ TEST(QuerySelectionRules, ParametersThatKeepEverything) {
   Tiles anchor(p.input(), true, 1);
   ASSERT_EQ(SelectAnchorCpu(p.input(), {1e6, 0, 0}, &anchor.view, nullptr), kOk);
   EXPECT_EQ(CountBits(anchor.view.ColumnsOf(0, 3), 500), 3 * kKeyBlock);
+  const SeerTestGate gate(p.input(), 8, false);
+  for (const SeerParams& params : {SeerParams{0, 0, 0}, SeerParams{1, 1, 0}}) {
+    Tiles seer(p.input(), true);
+    ASSERT_EQ(SelectSeerCpu(gate.Input(p.input()), params, &seer.view, nullptr), kOk);
+    EXPECT_EQ(seer.Kept(), all);
+  }
 }
 
 TEST(QuerySelectionRules, BadSizesAreRefused) {
@@ -430,6 +514,17 @@ TEST(QuerySelectionRules, BadSizesAreRefused) {
   EXPECT_EQ(SelectXAttentionCpu(in, {}, &tiles.view, nullptr), kRefused);
   EXPECT_EQ(SelectAnchorCpu(in, {}, &tiles.view, nullptr), kRefused);
   EXPECT_EQ(PoolBlocksCpu(in, nullptr, nullptr, 1, nullptr), kRefused);
+  const SeerTestGate gate(p.input(), 8, false);
+  SeerInput seer = gate.Input(in);
+  EXPECT_EQ(SelectSeerCpu(seer, {}, &tiles.view, nullptr), kRefused);
+  for (const int gate_dim : {0, 7, kMaxSeerGateDim + 2}) {
+    seer = gate.Input(p.input());
+    seer.gate.gate_dim = gate_dim;
+    EXPECT_EQ(SelectSeerCpu(seer, {}, &tiles.view, nullptr), kRefused);
+  }
+  seer = gate.Input(p.input());
+  seer.rope_sin = nullptr;
+  EXPECT_EQ(SelectSeerCpu(seer, {}, &tiles.view, nullptr), kRefused);
   in = p.input();
   in.sequence.q_tokens = 0;
   EXPECT_EQ(SelectFlashCpu(in, {}, &tiles.view, nullptr), kRefused);
@@ -471,6 +566,10 @@ TEST(QuerySelectionRules, OffsetsBeyond32Bits) {
   });
   expect_same([](const QuerySelectionInput& input, Tiles* tiles) {
     return SelectAnchorCpu(input, {1, 0, 0}, &tiles->view, nullptr);
+  });
+  const SeerTestGate gate(p.input(), 8, false);
+  expect_same([&gate](const QuerySelectionInput& input, Tiles* tiles) {
+    return SelectSeerCpu(gate.Input(input), {0.3, 0, 0}, &tiles->view, nullptr);
   });
   munmap(region, far + head);
 }

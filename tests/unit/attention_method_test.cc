@@ -76,12 +76,45 @@ struct Prompt {
   }
 };
 
+/// RoPE tables for prompts of up to 1024 tokens, and a random gate for every layer.
+struct Gate {
+  static constexpr int64_t kPositions = 1024;
+  static constexpr int kGateDim = 32;
+  std::vector<float> cos, sin, block_cos, block_sin, wq, wk;
+
+  Gate() {
+    const auto rotations = [](int64_t step, int half, std::vector<float>* c,
+                              std::vector<float>* s) {
+      for (int64_t position = 0; position < kPositions; position += step) {
+        for (int i = 0; i < half; ++i) {
+          const double angle = static_cast<double>(position) * std::pow(1e4, -1.0 * i / half);
+          c->push_back(static_cast<float>(std::cos(angle)));
+          s->push_back(static_cast<float>(std::sin(angle)));
+        }
+      }
+    };
+    rotations(1, kHeadDim / 2, &cos, &sin);
+    rotations(kernels::kSeerBlock, kGateDim / 2, &block_cos, &block_sin);
+    std::mt19937 rng(99);
+    std::normal_distribution<float> normal;
+    wq.resize(kHeads * kGateDim * kHeadDim);
+    wk.resize(kKvHeads * kGateDim * 3 * kHeadDim);
+    for (auto* weights : {&wq, &wk}) {
+      for (float& w : *weights) w = normal(rng);
+    }
+  }
+  kernels::SeerGateLayer layer() const {
+    return {kGateDim, wq.data(), wk.data(), block_cos.data(), block_sin.data(), 1.0f};
+  }
+};
+
 class AttentionMethodTest : public testing::TestWithParam<bool> {
  protected:
   AttentionMethodTest() {
     context_.kernels = GetParam() ? &kernels::CpuKernels() : &kernels::RefKernels();
     context_.allocator = &HostAllocator();
     context_.num_layers = kLayers;
+    context_.seer_gate.assign(kLayers, gate_.layer());
   }
   std::unique_ptr<AttentionMethod> Make(absl::string_view name,
                                         const std::map<std::string, double>& parameters = {}) {
@@ -94,6 +127,8 @@ class AttentionMethodTest : public testing::TestWithParam<bool> {
     call.layer = layer;
     call.shape = MakeShape();
     call.sequences = absl::MakeSpan(sequences);
+    call.rope_cos = gate_.cos.data();
+    call.rope_sin = gate_.sin.data();
     return method.Attend(call);
   }
   /// Output of the whole prompt at once by `method`.
@@ -103,6 +138,7 @@ class AttentionMethodTest : public testing::TestWithParam<bool> {
     return prompt.out;
   }
 
+  const Gate gate_;
   MethodContext context_;
 };
 
@@ -317,6 +353,7 @@ const std::vector<Rival>& Rivals() {
       {"flexprefill", {{"gamma", 1}, {"min_budget", 1}}, {{"gamma", 0.3}, {"min_budget", 1}}},
       {"xattention", {{"threshold", 1}}, {{"threshold", 0.5}}},
       {"anchor_attention", {{"theta", 1e6}, {"step", 2}}, {{"theta", 1}, {"step", 1}}},
+      {"seer_attention", {{"threshold", 0}}, {{"threshold", 0.2}, {"last_dense_blocks", 0}}},
   };
   return *rivals;
 }
@@ -413,6 +450,36 @@ TEST_P(AttentionMethodTest, MeanCorrectionOnlyAddsPseudoKeys) {
     error_without += std::pow(plain[i] - dense[i], 2);
   }
   EXPECT_LT(error_with, 0.8 * error_without);
+}
+
+TEST_P(AttentionMethodTest, SeerAttentionNeedsAGate) {
+  Prompt prompt(300, 29);
+  context_.seer_gate.clear();
+  const absl::Status status =
+      Attend(*Make("seer_attention"), {prompt.Chunk(0, prompt.tokens, nullptr)});
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("gate"));
+  for (const MethodSpec& spec : MethodSpecs()) {
+    EXPECT_EQ(spec.needs_seer_gate, spec.name == "seer_attention") << spec.name;
+  }
+}
+
+TEST_P(AttentionMethodTest, SeerAttentionByDensityOrByTheLayersGate) {
+  Prompt prompt(900, 30);
+  PairCounts half, all;
+  Whole(*Make("seer_attention", {{"density", 0.1}, {"last_dense_blocks", 0}}), prompt, &half);
+  Whole(*Make("seer_attention", {{"density", 1}, {"last_dense_blocks", 0}}), prompt, &all);
+  EXPECT_LT(half.unmasked, 0.7 * half.dense);
+  EXPECT_EQ(all.unmasked, all.dense);
+  // A layer whose gate finds all blocks equal keeps them all.
+  const std::vector<float> nothing(gate_.wk.size(), 0.0f);
+  context_.seer_gate[2].wk = nothing.data();
+  auto method = Make("seer_attention", {{"threshold", 0.05}, {"last_dense_blocks", 0}});
+  PairCounts equal, scored;
+  Whole(*method, prompt, &equal, 2);
+  Whole(*method, prompt, &scored, 3);
+  EXPECT_EQ(equal.unmasked, equal.dense);
+  EXPECT_LT(scored.unmasked, scored.dense);
 }
 
 TEST_P(AttentionMethodTest, FlexPrefillIsDenseUpToItsBudget) {

@@ -167,6 +167,11 @@ TEST_F(ModelLoadTest, BrokenIndexerIsRefused) {
   EXPECT_THAT(Refusal(), HasSubstr("indexer.safetensors"));
 }
 
+TEST_F(ModelLoadTest, BrokenGateIsRefused) {
+  std::ofstream(dir_ / "seer_gate.safetensors") << "not a gate at all";
+  EXPECT_THAT(Refusal(), HasSubstr("seer_gate.safetensors"));
+}
+
 class ForwardTest : public ModelLoadTest {
  protected:
   void SetUp() override {

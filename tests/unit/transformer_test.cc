@@ -11,13 +11,16 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <random>
 #include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/scalar.h"
 #include "server/base/mapped_file.h"
 #include "server/kv/kv_pool.h"
 #include "server/model/safetensors.h"
+#include "server/model/seer_gate.h"
 
 namespace vsprefill::model {
 namespace {
@@ -102,7 +105,7 @@ class TransformerTest : public testing::TestWithParam<std::string> {
     LoadOptions options;
     options.model_dir = ModelDir(fixture);
     options.dtype = dtype;
-    options.indexer_path = "none";
+    options.indexer_path = options.seer_gate_path = "none";
     absl::StatusOr<std::unique_ptr<Transformer>> model = Transformer::Load(options);
     EXPECT_TRUE(model.ok()) << model.status();
     return model.ok() ? *std::move(model) : nullptr;
@@ -267,7 +270,7 @@ TEST_P(TransformerTest, MethodsGoThroughTheForwardPass) {
       {"anchor_attention", {{"theta", 1e6}, {"step", 1}}},
   };
   for (const attention::MethodSpec& spec : attention::MethodSpecs()) {
-    if (spec.needs_indexer) continue;
+    if (spec.needs_indexer || spec.needs_seer_gate) continue;
     SCOPED_TRACE(spec.name);
     ASSERT_TRUE(everything.contains(spec.name)) << "a new method: add it to the list above";
     for (const int64_t chunk_tokens : {n, 1 + n / 3}) {
@@ -282,6 +285,62 @@ TEST_P(TransformerTest, MethodsGoThroughTheForwardPass) {
   if (n > 400) {
     EXPECT_GT(MaxAbsError(window.k.back(), expected.k.back()), 1e-3);
   }
+}
+
+// SeerAttention with a gate of random weights: everything is what transformers computed, also in
+// chunks; a gate of other weights is refused at the start.
+TEST_P(TransformerTest, AGateServesSeerAttentionAndBelongsToTheWeights) {
+  const Expected expected = ReadExpected(GetParam());
+  ASSERT_FALSE(expected.ids.empty());
+  LoadOptions options;
+  options.model_dir = ModelDir(GetParam());
+  options.dtype = DType::kF32;
+  options.indexer_path = options.seer_gate_path = "none";
+  auto plain = Transformer::Load(options);
+  ASSERT_TRUE(plain.ok()) << plain.status();
+  EXPECT_FALSE((*plain)->has_seer_gate());
+  const ModelConfig& config = (*plain)->config();
+  SeerGateWeights gate;
+  gate.num_q_heads = config.num_q_heads;
+  gate.num_kv_heads = config.num_kv_heads;
+  gate.head_dim = config.head_dim;
+  gate.gate_dim = 16;
+  gate.weights_id = (*plain)->weights_id();
+  std::mt19937 rng(5);
+  std::normal_distribution<float> normal;
+  const auto random = [&](int heads, int features) {
+    std::vector<uint16_t> bits(size_t{16} * heads * features);
+    for (uint16_t& x : bits) x = kernels::FloatToBF16(normal(rng));
+    return bits;
+  };
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    gate.layers.push_back({random(config.num_q_heads, config.head_dim),
+                           random(config.num_kv_heads, 3 * config.head_dim)});
+  }
+  options.seer_gate_path = testing::TempDir() + "transformer_test_gate.safetensors";
+  ASSERT_TRUE(WriteSeerGate(options.seer_gate_path, gate).ok());
+  const auto model = Transformer::Load(options);
+  ASSERT_TRUE(model.ok()) << model.status();
+  EXPECT_TRUE((*model)->has_seer_gate());
+  const int64_t n = expected.ids.size();
+  for (const int64_t chunk_tokens : {n, 1 + n / 3}) {
+    const Outcome run =
+        Prefill(**model, {expected.ids}, chunk_tokens, {"seer_attention", {{"threshold", 0}}})[0];
+    ExpectClose(run, expected.k, expected.v, expected.logits, 1e-3);
+  }
+  const Outcome sparse =
+      Prefill(**model, {expected.ids}, n,
+              {"seer_attention", {{"density", 1e-3}, {"last_dense_blocks", 0}}})[0];
+  if (n > 500) {
+    EXPECT_GT(MaxAbsError(sparse.k.back(), expected.k.back()), 1e-3);
+  }
+  gate.weights_id = std::string(64, 'f');
+  ASSERT_TRUE(WriteSeerGate(options.seer_gate_path, gate).ok());
+  const auto refused = Transformer::Load(options);
+  EXPECT_TRUE(absl::IsFailedPrecondition(refused.status())) << refused.status();
+  EXPECT_NE(refused.status().message().find(gate.weights_id), std::string::npos);
+  EXPECT_NE(refused.status().message().find((*plain)->weights_id()), std::string::npos);
+  std::filesystem::remove(options.seer_gate_path);
 }
 
 // Every folder with an expected file is a case, so a new fixture is tested without a change here.

@@ -7,8 +7,10 @@
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/query_selection.h"
 #include "kernels/query_selection_math.h"
+#include "kernels/select_seer.h"
 #include "tests/kernels/attention_test_util.h"
 #include "tests/kernels/cuda/gpu_test_support.h"
+#include "tests/kernels/seer_test_gate.h"
 
 namespace vsprefill::kernels {
 namespace {
@@ -17,6 +19,7 @@ using testing::AttentionCase;
 using testing::AttentionProblem;
 using testing::DeviceBuffer;
 using testing::HostTensor;
+using testing::SeerTestGate;
 using testing::Selection;
 using testing::Tensor;
 
@@ -300,11 +303,8 @@ TEST(TileIndexCuda, MInferenceEqualsTheCpu) {
 }
 
 /// Runs a selection that fills a per-head block-sparse index on both sides and compares.
-template <typename Params>
-void ExpectSameBlocks(KernelStatus (*on_host)(const QuerySelectionInput&, const Params&,
-                                              TileIndexView*, Stream),
-                      KernelStatus (*on_device)(const QuerySelectionInput&, const Params&,
-                                                TileIndexView*, Stream),
+template <typename HostFn, typename DeviceFn, typename Params>
+void ExpectSameBlocks(const HostFn& on_host, const DeviceFn& on_device,
                       int64_t (*workspace_bytes)(const QuerySelectionInput&), const Params& params,
                       int64_t tiles_per_set = 1) {
   for (const DType dtype : {DType::kBF16, DType::kF32}) {
@@ -357,6 +357,37 @@ TEST(TileIndexCuda, AnchorEqualsTheCpu) {
   ExpectSameBlocks(SelectAnchorCpu, SelectAnchorCuda, AnchorWorkspaceBytes, AnchorParams{9, 1, 1},
                    2);
   ExpectSameBlocks(SelectAnchorCpu, SelectAnchorCuda, AnchorWorkspaceBytes, AnchorParams{}, 16);
+}
+
+TEST(TileIndexCuda, SeerEqualsTheCpu) {
+  for (const int gate_dim : {2, 24, 128, 256}) {
+    const auto on_host = [gate_dim](const QuerySelectionInput& in, const SeerParams& params,
+                                    TileIndexView* index, Stream stream) {
+      return SelectSeerCpu(SeerTestGate(in, gate_dim, false).Input(in), params, index, stream);
+    };
+    const auto on_device = [gate_dim](const QuerySelectionInput& in, const SeerParams& params,
+                                      TileIndexView* index, Stream stream) {
+      const SeerTestGate gate(in, gate_dim, false);
+      SeerInput input = gate.Input(in);
+      std::vector<DeviceBuffer> buffers;
+      const auto keep = [&buffers](const std::vector<float>& values) {
+        return buffers.emplace_back(values).as<float>();
+      };
+      input.gate.wq = keep(gate.wq);
+      input.gate.wk = keep(gate.wk);
+      input.gate.block_cos = keep(gate.block_cos);
+      input.gate.block_sin = keep(gate.block_sin);
+      input.rope_cos = keep(gate.cos);
+      input.rope_sin = keep(gate.sin);
+      const KernelStatus status = SelectSeerCuda(input, params, index, stream);
+      testing::Synchronize();  // before the buffers go
+      return status;
+    };
+    for (const SeerParams& params : {SeerParams{}, SeerParams{0.15, 0, 0}, SeerParams{0.3, 0, 3},
+                                     SeerParams{0.9, 0.4, 0}, SeerParams{0, 0, 0}}) {
+      ExpectSameBlocks(on_host, on_device, SeerWorkspaceBytes, params);
+    }
+  }
 }
 
 TEST(TileIndexCuda, FlashEqualsTheCpu) {
