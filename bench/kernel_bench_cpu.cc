@@ -24,6 +24,7 @@
 #include "absl/flags/flag.h"
 #include "absl/flags/parse.h"
 #include "absl/flags/usage.h"
+#include "absl/strings/numbers.h"
 #include "kernels/attention.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/parallel.h"
@@ -36,6 +37,8 @@ ABSL_FLAG(int, q_heads, 9, "query heads");
 ABSL_FLAG(int, kv_heads, 3, "KV heads");
 ABSL_FLAG(int, head_dim, 64, "head dimension");
 ABSL_FLAG(int, hidden, 512, "hidden width of the VSIndexer case");
+ABSL_FLAG(std::vector<std::string>, densities, std::vector<std::string>({"0.05", "0.1", "0.2"}),
+          "densities of the random selections, by commas; the overlap of their parts adds to them");
 ABSL_FLAG(int, repeats, 5, "repetitions; the best counts");
 ABSL_FLAG(int, threads, 0, "1: the calling thread; 0: all cores");
 ABSL_FLAG(bool, cpu_time, false,
@@ -167,7 +170,15 @@ int Main() {
   dense.out = out.data();
   dense.q_tokens = dense.kv_tokens = n;
   std::vector<std::unique_ptr<RandomIndex>> indexes;
-  for (const double density : {1.0, 0.05, 0.1, 0.2}) {
+  std::vector<double> densities = {1.0};
+  for (const std::string& text : absl::GetFlag(FLAGS_densities)) {
+    double& density = densities.emplace_back();
+    if (!absl::SimpleAtod(text, &density) || !(density > 0 && density < 1)) {
+      std::fprintf(stderr, "--densities: \"%s\" is not a number between 0 and 1\n", text.c_str());
+      std::exit(2);
+    }
+  }
+  for (const double density : densities) {
     kernels::AttentionSequence s = dense;
     if (density < 1) {
       indexes.push_back(std::make_unique<RandomIndex>(density, kv_heads, g, n));

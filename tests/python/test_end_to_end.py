@@ -14,6 +14,7 @@ import pytest
 import vsprefill
 from servers import ROOT, binary, start_server
 from vsprefill import identity
+from vsprefill.connector.config import SERVER_PRESETS
 
 sys.path.insert(0, str(ROOT / "deploy/local"))
 
@@ -146,6 +147,29 @@ def test_the_card_was_measured_with_this_default(server):
         method = next(m for m in client.model_info().methods if m.name == "vsprefill")
     assert default_card.load()["parameters"] == {p.name: p.default_value for p in method.parameters}
     assert default_card.lines(8000)[0].startswith("8,000 tokens: density 0.1")
+
+
+def test_presets(server, prompts):
+    ids = prompts[7]["ids"]
+    assert len(ids) >= 2048  # else dense
+    with vsprefill.PrefillClient(server.address) as client:
+        presets = {p.name: p for p in client.model_info().presets}
+        assert tuple(presets) == SERVER_PRESETS
+        densities = []
+        for name, preset in presets.items():
+            assert (preset.method, dict(preset.parameters).keys()) == ("vsprefill", {"threshold"})
+            assert 0 < preset.perplexity_change_median < preset.perplexity_change_mean < 1
+            kv = client.prefill(ids, preset=name)
+            assert kv.method == "vsprefill" and kv.method_parameters["threshold"] == preset.parameters["threshold"]
+            assert kv.stats.dense_fallback_layers == 0
+            densities.append(kv.stats.density)
+        assert 1 > densities[0] > densities[1] > densities[2] > 0
+        own = client.prefill(ids, preset="fast", parameters={"threshold": 2.8})
+        assert own.stats.density == densities[1]
+        with pytest.raises(vsprefill.InvalidRequestError, match="safe, balanced, fast"):
+            client.prefill(ids, preset="turbo")
+        with pytest.raises(vsprefill.InvalidRequestError, match='"vsprefill" or none'):
+            client.prefill(ids, preset="fast", method="dense")
 
 
 def test_chat_template_equals_transformers(model_dir):
