@@ -3,7 +3,7 @@
 //
 // CPU. Selection has been done and its pairs are counted, so what is left to compare is the
 // attention itself: dense wins where pairs multiplied by the index x kCpuPairCost >= pairs that
-// dense multiplies. An index's pairs cost more than dense ones (gathered columns, short tiles).
+// dense multiplies.
 //
 // CUDA. Nothing is known on the host when attention is enqueued, and waiting for it would cost more
 // than it saves, so the length of the prompt decides before anything is selected (the indexer is
@@ -17,9 +17,10 @@
 
 namespace vsprefill::attention {
 
-/// Time of a pair under an index / under dense attention. kernel_bench_cpu,
-/// docs/results/crossover.md.
-inline constexpr double kCpuPairCost = 1.1;
+/// Time of a pair multiplied under an index / under dense attention, where the two are close: 0.97
+/// to 1.01 in kernel_bench_cpu (docs/results/crossover.md). Gathered columns cost what consecutive
+/// ones cost; sparse indexes have dearer pairs (short tiles), but are far from the crossover.
+inline constexpr double kCpuPairCost = 1.0;
 
 /// NVIDIA H100, docs/results/gpu_service.md: at 8,192 tokens dense and VSPrefill are equal for an
 /// 8B-shaped model (0.20 s both), at 32,768 VSPrefill is 1.8 times faster; SmolLM2 at 8,000 tokens

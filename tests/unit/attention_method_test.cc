@@ -387,12 +387,14 @@ TEST_P(AttentionMethodTest, OnCudaTheLengthDecidesBeforeAnythingIsSelected) {
   EXPECT_TRUE(Make("streaming_llm")->IsSparse(900));
 }
 
-TEST(CrossoverTest, AnIndexPaysBelowTheDearerPairs) {
+TEST(CrossoverTest, AnIndexPaysWhereItsPairsTakeLessTime) {
   PairCounts index, dense;
-  dense.multiplied = 1100;
-  index.multiplied = 999;
+  dense.multiplied = 1000000;
+  index.multiplied = static_cast<int64_t>(1000000 / kCpuPairCost) - 1;
   EXPECT_TRUE(IndexPaysOnCpu(index, dense));
-  index.multiplied = 1001;
+  index.multiplied = static_cast<int64_t>(1000000 / kCpuPairCost) + 1;
+  EXPECT_FALSE(IndexPaysOnCpu(index, dense));
+  index.multiplied = 2000000;
   EXPECT_FALSE(IndexPaysOnCpu(index, dense));
 }
 
