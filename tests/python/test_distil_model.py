@@ -88,4 +88,5 @@ def test_from_text_to_report(tmp_path):
     figures = json.loads((out / "report.json").read_text())["reports"][0]["results"]
     everything = next(r for r in figures if r["method"] == "vsprefill" and r["wanted_density"] == 0.8)
     assert len(everything["by_layer"]) == 2 and 0.5 < everything["mean"] <= 1
-    assert (out / "indexer.safetensors").stat().st_size == estimate["indexer_bytes"]
+    # Equal but for the header, which names steps and losses.
+    assert abs((out / "indexer.safetensors").stat().st_size - estimate["indexer_bytes"]) < 512
