@@ -58,6 +58,8 @@ struct MethodContext {
   Allocator* allocator = nullptr;
   LibraryAttentionFn library_attention;
   int num_layers = 0;
+  /// Width of the attention, by which its cost is guessed before it runs (crossover.h); 0: unknown.
+  int num_q_heads = 0, head_dim = 0;
   /// Per-layer, per-group factors on the selection threshold, [num_layers][num_kv_heads]; empty:
   /// all 1.
   std::vector<std::vector<float>> threshold_scale;

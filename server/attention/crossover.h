@@ -6,11 +6,12 @@
 // dense multiplies.
 //
 // CUDA. Nothing is known on the host when attention is enqueued, and waiting for it would cost more
-// than it saves, so the length of the prompt decides before anything is selected (the indexer is
-// not run either): below kCudaMinTokens the default's density does not pay for indexer and
-// selection.
+// than it saves, so the prompt's length and the model's width decide before anything is selected
+// (the indexer is not run either): where dense attention is so little work that indexer, selection
+// and the sparse kernel's start cost more.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "kernels/attention.h"
@@ -22,10 +23,17 @@ namespace vsprefill::attention {
 /// ones cost; sparse indexes have dearer pairs (short tiles), but are far from the crossover.
 inline constexpr double kCpuPairCost = 1.0;
 
-/// NVIDIA H100, docs/results/gpu_service.md: at 8,192 tokens dense and VSPrefill are equal for an
-/// 8B-shaped model (0.20 s both), at 32,768 VSPrefill is 1.8 times faster; SmolLM2 at 8,000 tokens
-/// is faster densely.
-inline constexpr int64_t kCudaMinTokens = 8192;
+/// Query heads x head_dim x n^2 of a prompt of n tokens below which dense attention is faster.
+/// NVIDIA H200, kernels of the H100 (docs/results/crossover.md): 9 heads of 64 cross between 4,096
+/// tokens (0.83 to 0.86 of dense's speed) and 8,192 (1.6), at 1.4e10; 32 heads of 128 gain 1.12 at
+/// 2,048 tokens, which is 1.7e10.
+inline constexpr double kCudaMinDenseWork = 1.4e10;
+
+/// The shortest prompt for which an index pays on CUDA; 0 where the width is not known.
+inline int64_t CudaMinTokens(int num_q_heads, int head_dim) {
+  const double width = double{1} * num_q_heads * head_dim;
+  return width > 0 ? static_cast<int64_t>(std::ceil(std::sqrt(kCudaMinDenseWork / width))) : 0;
+}
 
 /// Whether attention by an index is faster than dense attention on the CPU.
 /// `index` and `dense`: counts of the same rows, each as it would be run.

@@ -62,7 +62,8 @@ int SparseMethod::dense_fallback_layers() const {
 }
 
 bool SparseMethod::TooShortToPay(int64_t prompt_tokens) const {
-  return dense_fallback_ && !on_cpu() && prompt_tokens < kCudaMinTokens;
+  return dense_fallback_ && !on_cpu() &&
+         prompt_tokens < CudaMinTokens(context_.num_q_heads, context_.head_dim);
 }
 
 absl::StatusOr<bool> SparseMethod::DenseIsFaster(const kernels::AttentionShape& shape,

@@ -92,6 +92,8 @@ absl::Status LoadedTransformer::Init(const LoadOptions& options) {
   method_context_.allocator = &backend_->allocator();
   method_context_.library_attention = backend_->library_attention();
   method_context_.num_layers = config_.num_layers;
+  method_context_.num_q_heads = config_.num_q_heads;
+  method_context_.head_dim = config_.head_dim;
   if (indexer_ != nullptr) method_context_.threshold_scale = indexer_->threshold_scale();
   forward_ = std::make_unique<ForwardPass>(ForwardPass::Model{
       &config_, &kv_layout_, &weights_, indexer_.get(), kernel_set, backend_.get()});

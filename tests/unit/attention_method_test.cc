@@ -375,16 +375,28 @@ class NominallyCuda : public Allocator {
 TEST_P(AttentionMethodTest, OnCudaTheLengthDecidesBeforeAnythingIsSelected) {
   NominallyCuda allocator;
   context_.allocator = &allocator;
+  EXPECT_TRUE(MakeServed("vsprefill", {{"dense_below", 0}})->IsSparse(1)) << "width not known";
+  context_.num_q_heads = kHeads;
+  context_.head_dim = kHeadDim;
   Prompt prompt(900, 34);
   for (int64_t position = 0; position < 900; ++position) prompt.slash[position] = NAN;
   const auto dense = Whole(*Make("dense"), prompt);
   auto method = MakeServed("vsprefill", {{"threshold", 6}, {"dense_below", 0}});
-  EXPECT_FALSE(method->IsSparse(kCudaMinTokens - 1));
-  EXPECT_TRUE(method->IsSparse(kCudaMinTokens));
+  EXPECT_FALSE(method->IsSparse(CudaMinTokens(kHeads, kHeadDim) - 1));
+  EXPECT_TRUE(method->IsSparse(CudaMinTokens(kHeads, kHeadDim)));
   EXPECT_EQ(MaxDifference(dense, Whole(*method, prompt, nullptr, 1)), 0);
   EXPECT_EQ(method->dense_fallback_layers(), 1);
   EXPECT_TRUE(Make("vsprefill", {{"dense_below", 0}})->IsSparse(900));
   EXPECT_TRUE(Make("streaming_llm")->IsSparse(900));
+}
+
+TEST(CrossoverTest, WideModelsPaySoonerOnCuda) {
+  // As measured: SmolLM2's shape between 4,096 and 8,192 tokens, Llama-3.1-8B's before 2,048.
+  EXPECT_GT(CudaMinTokens(9, 64), 4096);
+  EXPECT_LT(CudaMinTokens(9, 64), 8192);
+  EXPECT_LT(CudaMinTokens(32, 128), 2048);
+  EXPECT_GT(CudaMinTokens(32, 128), 1024);
+  EXPECT_EQ(CudaMinTokens(0, 0), 0);
 }
 
 TEST(CrossoverTest, AnIndexPaysWhereItsPairsTakeLessTime) {
