@@ -173,6 +173,27 @@ def test_presets(server, prompts):
             client.prefill(ids, preset="fast", method="dense")
 
 
+def test_an_index_that_keeps_everything_is_not_run(server, prompts):
+    def counted():
+        with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        return float(next(x for x in lines if x.startswith("vsprefill_dense_fallback_layers_total{")).split()[-1])
+
+    ids, before = prompts[7]["ids"][:2048], counted()
+    with vsprefill.PrefillClient(server.address) as client:
+        fallen = client.prefill(ids, method="vsprefill", parameters={"threshold": 0})
+        forced = client.prefill(ids, method="vsprefill", parameters={"threshold": 0, "dense_fallback": 0})
+        dense = client.prefill(ids, method="dense")
+    # The last layer computes the prompt's last row alone, which is dense in any case.
+    assert fallen.stats.dense_fallback_layers == fallen.layout.num_layers - 1
+    assert counted() - before == fallen.stats.dense_fallback_layers
+    assert forced.stats.dense_fallback_layers == 0
+    assert fallen.stats.density == forced.stats.density == 1
+    assert fallen.stats.cost_ratio == dense.stats.cost_ratio
+    for layer in range(fallen.layout.num_layers):
+        np.testing.assert_array_equal(fallen.keys[layer], dense.keys[layer])
+
+
 def test_chat_template_equals_transformers(model_dir):
     from prompt import chat_ids
     from transformers import AutoTokenizer
