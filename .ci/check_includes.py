@@ -25,11 +25,13 @@ LAYERS = {
                       "kernels/tensor_view.h", "kernels/attention.h"],
     "server/rpc": ["server/engine", "server/kv", "server/metrics", "server/config", "server/base",
                    # method names and parameters are converted to and from protobuf here
-                   "server/attention/attention_method.h"],
+                   "server/attention/attention_method.h", "server/attention/presets.h"],
     "server": ["server", "kernels"],  # main.cc
     "client/cc": ["server/base", "server/kv/kv_layout.h", "kernels/tensor_view.h"],
     # dumps are safetensors files
-    "client/cli": ["client/cc", "server/base", "server/kv/kv_layout.h", "server/model/safetensors.h",
+    # --help shows what presets are expected to cost
+    "client/cli": ["client/cc", "server/attention/preset_table.h", "server/base",
+                   "server/kv/kv_layout.h", "server/model/safetensors.h",
                    "kernels/tensor_view.h"],
     "client/decode": ["client/cc", "client/cli", "server/base", "server/kv", "server/model",
                       "server/attention", "kernels"],

@@ -42,6 +42,9 @@ with_server() {
   wait $pid
 }
 
+# What is compared runs as it selects, also where dense would be faster (docs/methods.md, "Dense fallback").
+sparse=(--set dense_fallback=0)
+
 # shellcheck disable=SC2329  # called through with_server
 dumps() {
   for method in dense vsprefill; do
@@ -62,9 +65,9 @@ decode() {
 compare() {
   for device in cuda cpu; do
     echo "== $device, $1, 1,000-token chunks"
-    with_server --model "$model" --device $device --dtype "$1" --chunk_tokens 1000 -- dumps $device
+    with_server --model "$model" --device $device --dtype "$1" --chunk_tokens 1000 "${sparse[@]}" -- dumps $device
     echo "== $device, $1, 2,048-token chunks: tokens"
-    with_server --model "$model" --device $device --dtype "$1" -- decode $device "$1"
+    with_server --model "$model" --device $device --dtype "$1" "${sparse[@]}" -- decode $device "$1"
   done
   for method in dense vsprefill; do
     echo "== $method: KV of the GPU against the CPU's"
@@ -93,7 +96,7 @@ if [[ " $parts " == *" check "* ]]; then compare bf16; fi
 if [[ " $parts " == *" smollm2 "* ]]; then
   echo "== SmolLM2-135M, bf16, GPU"
   "$python" bench/service_bench.py --bin "$dir/bin" --model "$model" --ids "$ids" --methods dense,vsprefill \
-    --json "$out/service_smollm2.json" -- --device cuda || failed=1
+    --json "$out/service_smollm2.json" -- --device cuda "${sparse[@]}" || failed=1
 fi
 # The budget of VSPrefill is forced to 5 % density: random weights give the indexer nothing to find.
 forced=vsprefill:threshold=0:max_density=0.05
@@ -103,7 +106,7 @@ llama8b() {
   echo "== Llama-3.1-8B shape, random weights, bf16, GPU, chunks of $4 tokens; VSPrefill's budget forced to 5 % density"
   "$python" bench/service_bench.py --bin "$dir/bin" --model "$random_model" --lengths "$2" --stripes "$3" --repeats 1 \
     --methods "dense,$forced" --json "$out/service_$1.json" --server_log "$out/service_$1.log" \
-    -- --device cuda --kv_pool_bytes 24GiB --chunk_tokens "$4" || failed=1
+    -- --device cuda --kv_pool_bytes 24GiB --chunk_tokens "$4" "${sparse[@]}" || failed=1
 }
 if [[ " $parts " == *" llama8b "* ]]; then llama8b llama8b 8192,32768,131072 1,4 8192; fi
 # Whole prompts: the library's fastest dense attention (cuDNN) serves only those.

@@ -24,6 +24,7 @@
 #include "absl/flags/flag.h"
 #include "absl/flags/parse.h"
 #include "absl/flags/usage.h"
+#include "absl/strings/numbers.h"
 #include "kernels/attention.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/parallel.h"
@@ -36,6 +37,9 @@ ABSL_FLAG(int, q_heads, 9, "query heads");
 ABSL_FLAG(int, kv_heads, 3, "KV heads");
 ABSL_FLAG(int, head_dim, 64, "head dimension");
 ABSL_FLAG(int, hidden, 512, "hidden width of the VSIndexer case");
+ABSL_FLAG(std::vector<std::string>, densities, std::vector<std::string>({"0.05", "0.1", "0.2"}),
+          "of the random selections, by commas: shares of verticals and bands together, up to 2; "
+          "where they overlap the density is less");
 ABSL_FLAG(int, repeats, 5, "repetitions; the best counts");
 ABSL_FLAG(int, threads, 0, "1: the calling thread; 0: all cores");
 ABSL_FLAG(bool, cpu_time, false,
@@ -167,9 +171,17 @@ int Main() {
   dense.out = out.data();
   dense.q_tokens = dense.kv_tokens = n;
   std::vector<std::unique_ptr<RandomIndex>> indexes;
-  for (const double density : {1.0, 0.05, 0.1, 0.2}) {
+  std::vector<double> densities = {0};  // 0: dense
+  for (const std::string& text : absl::GetFlag(FLAGS_densities)) {
+    double& density = densities.emplace_back();
+    if (!absl::SimpleAtod(text, &density) || !(density > 0 && density <= 2)) {
+      std::fprintf(stderr, "--densities: \"%s\" is not a number in (0, 2]\n", text.c_str());
+      std::exit(2);
+    }
+  }
+  for (const double density : densities) {
     kernels::AttentionSequence s = dense;
-    if (density < 1) {
+    if (density > 0) {
       indexes.push_back(std::make_unique<RandomIndex>(density, kv_heads, g, n));
       s.index = &indexes.back()->view;
     }
@@ -177,7 +189,7 @@ int Main() {
     Check(kernels::CountPairsCpu(shape, s, &counts, nullptr));
     char name[64];
     std::snprintf(name, sizeof(name),
-                  density < 1 ? "attention, selection %.0f %%" : "attention, dense", 100 * density);
+                  density > 0 ? "attention, selection %.0f %%" : "attention, dense", 100 * density);
     const double dense_pairs = static_cast<double>(counts.dense);
     cases.push_back({name, 4.0 * d * static_cast<double>(counts.unmasked),
                      static_cast<double>(counts.unmasked) / dense_pairs,

@@ -103,6 +103,7 @@ engine::EngineOptions MakeEngineOptions(const config::ServerConfig& config,
   options.max_waiting_tokens = config.max_waiting_tokens;
   options.send_stall_timeout = config.send_stall_timeout;
   options.default_method = default_method;
+  options.recall_probe_every = config.recall_probe_every;
   options.create_method = [&transformer, default_method, defaults = config.method_parameters](
                               const std::string& name,
                               const std::map<std::string, double>& overrides)
@@ -161,6 +162,11 @@ absl::Status Serve(const config::ServerConfig& config, const sigset_t& signals, 
   metrics_info.chunk_tokens = layout.max_chunk_tokens();
   metrics_info.pool_chunks =
       config.kv_pool_bytes / (layout.max_chunk_tokens() * layout.token_bytes());
+  if (config.recall_probe_every > 0) {
+    for (const attention::MethodSpec& spec : UsableMethods(*transformer)) {
+      if (spec.name != "dense") metrics_info.probed_methods.push_back(spec.name);
+    }
+  }
   metrics::Metrics metrics(metrics_info);
   engine::Engine engine(*transformer, *stager, metrics, options);
   metrics.SetSampler([&engine] { return engine::ToGauges(engine.load()); });

@@ -64,6 +64,7 @@ v1::PrefillRequest ToProto(const PrefillRequest& r) {
                                                        : v1::KV_DTYPE_BFLOAT16);
   }
   p.mutable_method()->set_name(r.method);
+  p.mutable_method()->set_preset(r.preset);
   for (const auto& [name, value] : r.parameters) {
     (*p.mutable_method()->mutable_parameters())[name] = value;
   }
@@ -123,6 +124,7 @@ PrefillStats FromProto(const v1::PrefillStats& p) {
   s.cost_ratio = p.cost_ratio();
   s.layer_group_density.assign(p.layer_group_density().begin(), p.layer_group_density().end());
   s.kv_bytes = Clamp(p.kv_bytes());
+  s.dense_fallback_layers = static_cast<int>(p.dense_fallback_layers());
   return s;
 }
 
@@ -152,6 +154,16 @@ absl::StatusOr<ModelInfo> FromProto(const v1::ModelInfo& p) {
     for (const v1::MethodParameter& x : m.parameters()) {
       method.parameters.push_back({x.name(), x.default_value(), x.min(), x.max(), x.help()});
     }
+  }
+  for (const v1::PresetInfo& x : p.presets()) {
+    PresetInfo& preset = info.presets.emplace_back();
+    preset.name = x.name();
+    preset.method = x.method();
+    preset.parameters.insert(x.parameters().begin(), x.parameters().end());
+    preset.density = x.density();
+    preset.perplexity_change_mean = x.perplexity_change_mean();
+    preset.perplexity_change_median = x.perplexity_change_median();
+    preset.measured_on = x.measured_on();
   }
   return info;
 }

@@ -53,8 +53,9 @@ struct PrefillRequest {
   absl::Span<const int32_t> token_ids;  // must outlive the call
   std::string expected_kv_id;           // empty: whatever the server has
   std::optional<kernels::DType> kv_dtype;
-  std::string method;  // empty: the server's default
-  std::map<std::string, double> parameters;
+  std::string method;  // empty: the preset's, else the server's default
+  std::string preset;  // "safe", "balanced", "fast" (ModelInfo::presets); empty: none
+  std::map<std::string, double> parameters;  // go before the preset's
   int stripes = 1;  // connections that carry the cache, layers dealt out in turn
   int64_t start_token = 0;
   bool want_logits = false;
@@ -88,6 +89,7 @@ struct PrefillStats {
   double cost_ratio = 0;
   std::vector<double> layer_group_density;
   int64_t kv_bytes = 0;
+  int dense_fallback_layers = 0;  // dense, at least in part, because their index was slower
 };
 
 struct TargetStatus {
@@ -119,6 +121,15 @@ struct MethodInfo {
   std::vector<MethodParameter> parameters;
 };
 
+struct PresetInfo {
+  std::string name, method;
+  std::map<std::string, double> parameters;
+  /// As measured on `measured_on`: share of pairs read, and the change of perplexity against dense
+  /// as a ratio.
+  double density = 0, perplexity_change_mean = 0, perplexity_change_median = 0;
+  std::string measured_on;
+};
+
 struct ModelInfo {
   std::string model_name, architecture, weights_id, device, compute_dtype, default_method;
   std::string server_version;
@@ -127,6 +138,7 @@ struct ModelInfo {
   int64_t max_prompt_tokens = 0;
   int num_q_heads = 0;
   std::vector<MethodInfo> methods;
+  std::vector<PresetInfo> presets;
 };
 
 struct ServerLoad {

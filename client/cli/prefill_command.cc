@@ -12,6 +12,7 @@
 #include "client/cli/ids_file.h"
 #include "client/cli/kv_dump.h"
 #include "client/cli/report.h"
+#include "server/attention/preset_table.h"
 
 namespace vsprefill::cli {
 namespace {
@@ -32,10 +33,18 @@ Examples:
   vsprefill prefill --server 127.0.0.1:8470 --ids prompt.json --set threshold=3 --stripes 4 --json
   vsprefill prefill --server 127.0.0.1:8470 --ids prompt.json --push 127.0.0.1:9000
 
-Methods and the names for --set: vsprefill info --server ADDR.
+Methods, presets and the names for --set: vsprefill info --server ADDR.
 Exit codes: 0 done, 1 failed, 2 usage or ids file, 3 refused, 4 try again, 5 deadline or cancelled,
 6 the cache did not come through intact.
 )";
+
+std::string PresetHelp() {
+  std::string help = absl::StrCat("measured settings of method ", attention::kPresetMethod, ":");
+  for (const attention::PresetEntry& preset : attention::kPresets) {
+    absl::StrAppend(&help, " ", preset.name, " (", attention::ExpectedLoss(preset), "),");
+  }
+  return absl::StrCat(help, " on ", attention::kPresetsMeasuredOn);
+}
 
 const std::vector<FlagSpec>& Flags() {
   static const auto* const flags = new std::vector<FlagSpec>{
@@ -47,9 +56,10 @@ const std::vector<FlagSpec>& Flags() {
       {.name = "method",
        .value = "NAME",
        .help = "attention method; without it the server's default"},
+      {.name = "preset", .value = "NAME", .help = PresetHelp()},
       {.name = "set",
        .value = "NAME=VALUE",
-       .help = "a parameter of the method; the others keep the server's default",
+       .help = "a parameter of the method; the others keep the preset's or the server's default",
        .repeated = true},
       {.name = "stripes",
        .value = "N",
@@ -97,6 +107,7 @@ absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& args) {
   o.json = parsed->Has("json");
   client::PrefillRequest& r = o.request;
   r.method = parsed->Get("method");
+  r.preset = parsed->Get("preset");
   r.push_targets = parsed->GetAll("push");
   r.request_id = parsed->Has("request_id") ? parsed->Get("request_id") : client::RandomRequestId();
   absl::StatusOr<std::map<std::string, double>> set = parsed->GetNumbers("set");

@@ -69,6 +69,7 @@ std::string PrefillJson(const client::PrefillRequest& request, const client::Pre
                {"density", s.density},
                {"cost_ratio", s.cost_ratio},
                {"layer_group_density", s.layer_group_density},
+               {"dense_fallback_layers", s.dense_fallback_layers},
                {"queue_seconds", s.queue_seconds},
                {"compute_seconds", s.compute_seconds},
                {"index_seconds", s.index_seconds},
@@ -117,6 +118,11 @@ std::string PrefillText(const client::PrefillRequest& request, const client::Pre
                            absl::StrAppendFormat(o, "%.4f", d);
                          })));
   }
+  if (s.dense_fallback_layers > 0) {
+    absl::StrAppend(
+        &out, Line("dense fallback", absl::StrCat(s.dense_fallback_layers,
+                                                  " layers, where sparse would have been slower")));
+  }
   std::string kv = absl::StrCat(BytesText(s.kv_bytes), " sent");
   if (r.targets.empty()) {
     absl::StrAppendFormat(&kv, ", %s received and verified in %s", BytesText(r.received_bytes),
@@ -143,6 +149,16 @@ std::string InfoJson(const client::ModelInfo& info) {
     }
     methods.push_back({{"name", m.name}, {"help", m.help}, {"parameters", parameters}});
   }
+  Json presets = Json::array();
+  for (const client::PresetInfo& p : info.presets) {
+    presets.push_back({{"name", p.name},
+                       {"method", p.method},
+                       {"parameters", p.parameters},
+                       {"density", p.density},
+                       {"perplexity_change_mean", p.perplexity_change_mean},
+                       {"perplexity_change_median", p.perplexity_change_median},
+                       {"measured_on", p.measured_on}});
+  }
   return Dump({{"model_name", info.model_name},
                {"architecture", info.architecture},
                {"weights_id", info.weights_id},
@@ -154,6 +170,7 @@ std::string InfoJson(const client::ModelInfo& info) {
                {"compute_dtype", info.compute_dtype},
                {"default_method", info.default_method},
                {"methods", methods},
+               {"presets", presets},
                {"server_version", info.server_version}});
 }
 
@@ -179,6 +196,18 @@ std::string InfoText(const client::ModelInfo& info) {
       absl::StrAppend(&out, Line("", absl::StrCat(p.name, " = ", p.default_value, ", in [", p.min,
                                                   ", ", p.max, "]: ", p.help)));
     }
+  }
+  for (const client::PresetInfo& p : info.presets) {
+    absl::StrAppend(
+        &out,
+        Line("preset",
+             absl::StrFormat("%s: %s (%s), density %.3f, perplexity %+.1f %% (median text "
+                             "%+.1f %%)",
+                             p.name, p.method, ParametersText(p.parameters), p.density,
+                             100 * p.perplexity_change_mean, 100 * p.perplexity_change_median)));
+  }
+  if (!info.presets.empty()) {
+    absl::StrAppend(&out, Line("", absl::StrCat("measured on ", info.presets[0].measured_on)));
   }
   return out;
 }

@@ -76,9 +76,12 @@ const std::vector<cli::FlagSpec>& Flags() {
       {.name = "method",
        .value = "NAME",
        .help = "attention method of the prefill; without it the server's default"},
+      {.name = "preset",
+       .value = "NAME",
+       .help = "measured setting in place of a method: safe, balanced or fast (vsprefill info)"},
       {.name = "set",
        .value = "NAME=VALUE",
-       .help = "a parameter of that method",
+       .help = "a parameter of that method or preset",
        .repeated = true},
       {.name = "stripes",
        .value = "N",
@@ -111,7 +114,8 @@ absl::Status CheckMode(const cli::Args& args) {
     return args.Has("max_caches") ? absl::InvalidArgumentError("--max_caches needs --listen")
                                   : absl::OkStatus();
   }
-  for (const char* flag : {"ids", "method", "set", "stripes", "deadline", "request_id", "json"}) {
+  for (const char* flag :
+       {"ids", "method", "preset", "set", "stripes", "deadline", "request_id", "json"}) {
     if (args.Has(flag)) {
       return absl::InvalidArgumentError(absl::StrCat("--", flag, " needs --prefill"));
     }
@@ -142,6 +146,7 @@ absl::StatusOr<Options> ParseOptions(const std::vector<std::string>& argv) {
 
   client::PrefillRequest& r = o.request;
   r.method = args.Get("method");
+  r.preset = args.Get("preset");
   r.request_id = args.Has("request_id") ? args.Get("request_id") : client::RandomRequestId();
   r.kv_dtype = o.dtype;
   VSP_ASSIGN_OR_RETURN(r.parameters, args.GetNumbers("set"));

@@ -35,6 +35,8 @@ struct SequenceCall {
   kernels::PairCounts* counts = nullptr;  // added to; may be null
 };
 
+class RecallProbe;  // recall_probe.h
+
 /// One layer's attention for a batch.
 struct AttentionCall {
   int layer = 0;
@@ -45,6 +47,8 @@ struct AttentionCall {
   const float* rope_cos = nullptr;
   const float* rope_sin = nullptr;
   kernels::Stream stream = nullptr;
+  /// Shown the first sequence once its attention was run; null: none.
+  RecallProbe* probe = nullptr;
 };
 
 /// Dense attention of a device library (cuDNN through LibTorch), passed in by the model; null where
@@ -58,6 +62,8 @@ struct MethodContext {
   Allocator* allocator = nullptr;
   LibraryAttentionFn library_attention;
   int num_layers = 0;
+  /// Width of the attention, by which its cost is guessed before it runs (crossover.h); 0: unknown.
+  int num_q_heads = 0, head_dim = 0;
   /// Per-layer, per-group factors on the selection threshold, [num_layers][num_kv_heads]; empty:
   /// all 1.
   std::vector<std::vector<float>> threshold_scale;
@@ -85,7 +91,12 @@ class AttentionMethod {
   virtual const std::map<std::string, double>& parameters() const = 0;
   /// True if the model must compute VSIndexer logits and keep them beside the KV.
   virtual bool needs_indexer_logits() const { return false; }
+  /// Whether a prompt of so many tokens is not simply computed densely.
+  virtual bool IsSparse(int64_t /*prompt_tokens*/) const { return false; }
   virtual IndexStatistics index_statistics() const { return {}; }
+  /// Layers of which at least one chunk so far ran densely because its index would have been slower
+  /// (crossover.h).
+  virtual int dense_fallback_layers() const { return 0; }
   /// Runs attention of one layer. CUDA: enqueues on call.stream. The method's buffers are reused by
   /// the next call, so all calls of one method use one stream, and it outlives the enqueued work.
   virtual absl::Status Attend(const AttentionCall& call) = 0;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "absl/strings/str_format.h"
+#include "server/attention/recall_probe.h"
 #include "server/base/kernel_status.h"
 #include "server/base/status_macros.h"
 
@@ -32,6 +33,7 @@ absl::Status Execute(const MethodContext& context, const AttentionCall& call) {
                                    call.stream),
         Describe("attention", call.shape)));
   }
+  if (call.probe != nullptr) call.probe->Observe(call.shape, sequences[0]);
   for (const SequenceCall& sequence : call.sequences) {
     if (sequence.counts == nullptr) continue;
     VSP_RETURN_IF_ERROR(FromKernelStatus(

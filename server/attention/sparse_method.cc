@@ -5,6 +5,8 @@
 #include <utility>
 
 #include "absl/strings/str_format.h"
+#include "kernels/cpu/tile_walk.h"
+#include "server/attention/crossover.h"
 #include "server/attention/execute.h"
 #include "server/base/kernel_status.h"
 #include "server/base/status_macros.h"
@@ -51,6 +53,33 @@ SparseMethod::SparseMethod(absl::string_view name, const MethodContext& context,
     : name_(name), context_(context), parameters_(parameters) {
   dense_layers_ = whole("dense_layers");
   dense_below_ = whole("dense_below");
+  dense_fallback_ = whole("dense_fallback") != 0;
+  fell_back_.resize(context.num_layers);
+}
+
+int SparseMethod::dense_fallback_layers() const {
+  return static_cast<int>(std::count(fell_back_.begin(), fell_back_.end(), true));
+}
+
+bool SparseMethod::TooShortToPay(int64_t prompt_tokens) const {
+  return dense_fallback_ && !on_cpu() &&
+         prompt_tokens < CudaMinTokens(context_.num_q_heads, context_.head_dim);
+}
+
+absl::StatusOr<bool> SparseMethod::DenseIsFaster(const kernels::AttentionShape& shape,
+                                                 const kernels::AttentionSequence& sequence) const {
+  const int group_size = shape.num_q_heads / kernels::IndexGroups(shape, sequence);
+  // Rows that the index reads densely anyway leave nothing to decide.
+  if (kernels::GetRowTile(group_size, sequence, 0).dense) return false;
+  kernels::AttentionSequence without = sequence;
+  without.index = nullptr;
+  without.tiles = nullptr;
+  kernels::PairCounts index, dense;
+  VSP_RETURN_IF_ERROR(FromKernelStatus(kernels().count_pairs(shape, sequence, &index, nullptr),
+                                       "count_pairs of an index"));
+  VSP_RETURN_IF_ERROR(FromKernelStatus(kernels().count_pairs(shape, without, &dense, nullptr),
+                                       "count_pairs without an index"));
+  return !IndexPaysOnCpu(index, dense);
 }
 
 IndexStatistics SparseMethod::index_statistics() const { return statistics_; }
@@ -61,15 +90,27 @@ absl::Status SparseMethod::Attend(const AttentionCall& call) {
     SequenceCall& sequence = call.sequences[i];
     sequence.attention.index = nullptr;
     sequence.attention.tiles = nullptr;
-    const bool dense = call.layer < dense_layers_ || sequence.prompt_tokens < dense_below_;
-    if (i == 0 && dense) statistics_.num_verticals = statistics_.num_bands = nullptr;
-    if (dense) continue;
+    const bool wanted_dense = call.layer < dense_layers_ || sequence.prompt_tokens < dense_below_;
+    const bool too_short = !wanted_dense && TooShortToPay(sequence.prompt_tokens);
+    if (too_short) fell_back_[call.layer] = true;
+    if (wanted_dense || too_short) {
+      if (i == 0) statistics_.num_verticals = statistics_.num_bands = nullptr;
+      continue;
+    }
     const auto start = std::chrono::steady_clock::now();
     VSP_RETURN_IF_ERROR(Select(call, i));
-    if (context_.allocator->device() == kernels::DeviceKind::kCpu) {
-      statistics_.select_seconds +=
-          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    if (!on_cpu()) continue;
+    if (dense_fallback_) {
+      VSP_ASSIGN_OR_RETURN(const bool dense, DenseIsFaster(call.shape, sequence.attention));
+      if (dense) {
+        sequence.attention.index = nullptr;
+        sequence.attention.tiles = nullptr;
+        fell_back_[call.layer] = true;
+        if (i == 0) statistics_.num_verticals = statistics_.num_bands = nullptr;
+      }
     }
+    statistics_.select_seconds +=
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
   return Execute(context_, call);
 }
@@ -79,8 +120,7 @@ absl::StatusOr<kernels::QuerySelectionInput> SparseMethod::QueryInput(
     int64_t (*workspace_bytes)(const kernels::QuerySelectionInput&)) {
   kernels::QuerySelectionInput input = {call.shape, call.sequences[i].attention,
                                         call.sequences[i].prompt_tokens};
-  const bool cuda = context_.allocator->device() == kernels::DeviceKind::kCuda;
-  if (workspace_bytes == nullptr || !cuda) return input;
+  if (workspace_bytes == nullptr || on_cpu()) return input;
   if (workspace_.bytes() < workspace_bytes(input)) {
     // For the whole prompt at once, so that later chunks fit.
     kernels::QuerySelectionInput last = input;
@@ -158,11 +198,14 @@ absl::StatusOr<kernels::TileIndexView*> SparseMethod::NewTiles(const AttentionCa
   return &view;
 }
 
-void AddDenseParameters(MethodSpec& spec, double dense_below) {
+void AddDenseParameters(MethodSpec& spec, double dense_below, bool dense_fallback) {
   spec.parameters.push_back(
       {"dense_layers", 0, 0, 1e4, "first layers that stay dense", /*whole=*/true});
   spec.parameters.push_back({"dense_below", dense_below, 0, kMaxTokens,
                              "prompts with fewer tokens are computed densely", /*whole=*/true});
+  spec.parameters.push_back({"dense_fallback", dense_fallback ? 1.0 : 0.0, 0, 1,
+                             "1: dense where the index would be slower; 0: never",
+                             /*whole=*/true});
 }
 
 }  // namespace vsprefill::attention

@@ -1,5 +1,6 @@
-// What all sparse methods share: which layers and prompts stay dense, memory of the indexes, the
-// time that selection takes, and the call of the kernel. A method overrides Select alone.
+// What all sparse methods share: which layers and prompts stay dense, when dense is faster
+// (crossover.h), memory of the indexes, the time that selection takes, and the call of the kernel.
+// A method overrides Select alone.
 #pragma once
 
 #include <algorithm>
@@ -24,8 +25,12 @@ class SparseMethod : public AttentionMethod {
   absl::string_view name() const override { return name_; }
   const std::map<std::string, double>& parameters() const override { return parameters_; }
   IndexStatistics index_statistics() const override;
-  /// Dense for the first `dense_layers` layers and for prompts of fewer than `dense_below` tokens,
-  /// else with what Select chose.
+  int dense_fallback_layers() const override;
+  bool IsSparse(int64_t prompt_tokens) const override {
+    return prompt_tokens >= dense_below_ && !TooShortToPay(prompt_tokens);
+  }
+  /// Dense for the first `dense_layers` layers, for prompts of fewer than `dense_below` tokens and,
+  /// where `dense_fallback` is 1, where that is faster; else with what Select chose.
   absl::Status Attend(const AttentionCall& call) final;
 
  protected:
@@ -70,12 +75,20 @@ class SparseMethod : public AttentionMethod {
     Buffer memory;
   };
   absl::StatusOr<char*> Memory(Index& index, int64_t bytes);
+  bool on_cpu() const { return context_.allocator->device() == kernels::DeviceKind::kCpu; }
+  /// CUDA: the fall-back by length.
+  bool TooShortToPay(int64_t prompt_tokens) const;
+  /// CPU: whether the index just selected would take longer than dense attention.
+  absl::StatusOr<bool> DenseIsFaster(const kernels::AttentionShape& shape,
+                                     const kernels::AttentionSequence& sequence) const;
 
   const std::string name_;
   const MethodContext& context_;
   const std::map<std::string, double> parameters_;
   int dense_layers_ = 0;
   int64_t dense_below_ = 0;
+  bool dense_fallback_ = false;
+  std::vector<bool> fell_back_;                  // per layer
   std::vector<std::unique_ptr<Index>> indexes_;  // per sequence of a batch
   Buffer workspace_;
 };
@@ -83,8 +96,9 @@ class SparseMethod : public AttentionMethod {
 /// Largest value of a parameter that counts tokens.
 inline constexpr double kMaxTokens = kernels::kMaxSelectionTokens;
 
-/// Adds the parameters that SparseMethod itself reads.
-void AddDenseParameters(MethodSpec& spec, double dense_below);
+/// Adds the parameters that SparseMethod itself reads. The fall-back is off by default: what is
+/// compared with VSPrefill shall run as it selects.
+void AddDenseParameters(MethodSpec& spec, double dense_below, bool dense_fallback = false);
 
 /// MethodSpec::create of a class with a constructor (context, parameters).
 template <class Method>

@@ -117,7 +117,7 @@ MethodSpec VsPrefillSpec() {
       {"min_slash_ratio", 0, 0, 1, "least share of the blocks of distances kept as bands"},
       {"max_density", 1, 0, 1, "cap on the estimated density of each layer and group in a chunk"},
   };
-  AddDenseParameters(spec, 2048);
+  AddDenseParameters(spec, 2048, /*dense_fallback=*/true);
   spec.create = Create<VsPrefill>;
   return spec;
 }

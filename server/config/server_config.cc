@@ -12,6 +12,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "server/attention/attention_method.h"
+#include "server/attention/presets.h"
 #include "server/base/status_macros.h"
 
 namespace vsprefill::config {
@@ -126,6 +127,14 @@ std::string MethodNames() {
                        [](std::string* out, const auto& spec) { out->append(spec.name); });
 }
 
+std::string PresetLines() {
+  std::string lines;
+  for (const attention::PresetEntry& preset : attention::kPresets) {
+    absl::StrAppend(&lines, "  ", preset.name, ": ", attention::ExpectedLoss(preset), "\n");
+  }
+  return lines;
+}
+
 const std::vector<Flag>& Flags() {
   using C = ServerConfig;
   constexpr int64_t kMost = int64_t{1} << 40;
@@ -149,6 +158,12 @@ const std::vector<Flag>& Flags() {
            "attention method of requests that name none; docs/methods.md describes them:\n",
            MethodNames(), "\n(default: vsprefill where there is an indexer, else dense)"),
        Text(&C::method)},
+      {"preset", "P",
+       absl::StrCat("settings of requests that name neither method nor preset; takes method ",
+                    attention::kPresetMethod,
+                    ",\n--set and the request's own parameters go before:\n", PresetLines(),
+                    "Measured on ", attention::kPresetsMeasuredOn),
+       Text(&C::preset)},
       {"set", "NAME=NUMBER",
        "default of a parameter of that method; repeat for more (\"vsprefill info\" lists them)",
        AddParameter},
@@ -177,6 +192,10 @@ const std::vector<Flag>& Flags() {
        Integer(&C::max_waiting_requests, 1, 1 << 20)},
       {"max_waiting_tokens", "N", "prompt tokens in the queue; more are refused (default 1048576)",
        Integer(&C::max_waiting_tokens, 1, kMost)},
+      {"recall_probe_every", "N",
+       "after every N-th sparse request measure how much attention mass one layer read, for\n"
+       "/metrics (docs/metrics.md says what it costs); 0: never (default 0)",
+       Integer(&C::recall_probe_every, 0, kMost)},
       {"send_stall_timeout", "TIME",
        "a stream that takes nothing for so long, or is not attached, fails (default 30s)",
        Time(&C::send_stall_timeout, absl::Milliseconds(10))},
@@ -250,6 +269,13 @@ absl::StatusOr<ServerConfig> ParseServerConfig(const std::vector<std::string>& a
   }
   if (config.model_dir.empty()) {
     return absl::InvalidArgumentError("--model DIR is required; see --help");
+  }
+  if (!config.preset.empty()) {
+    const absl::Status status =
+        attention::ResolvePreset(config.preset, &config.method, &config.method_parameters);
+    if (!status.ok()) {
+      return absl::InvalidArgumentError(absl::StrCat("--preset: ", status.message()));
+    }
   }
   if (config.model_name.empty()) {
     absl::string_view directory = config.model_dir;

@@ -22,12 +22,14 @@ struct ServerConfig {
   std::string metrics_listen = "127.0.0.1:8471";
   std::string device = "auto";
   kernels::DType dtype = kernels::DType::kBF16;
+  std::string preset;                               // resolved into the two below; empty: none
   std::string method;                               // empty: vsprefill with an indexer, else dense
   std::map<std::string, double> method_parameters;  // defaults of that method
   int64_t kv_pool_bytes = int64_t{4} << 30;
   int64_t staging_bytes = int64_t{256} << 20;
   int64_t chunk_tokens = 2048;
-  int64_t max_prompt_tokens = 0;  // 0: the model's
+  int64_t max_prompt_tokens = 0;   // 0: the model's
+  int64_t recall_probe_every = 0;  // 0: never
   int max_waiting_requests = 64;
   int64_t max_waiting_tokens = 1 << 20;
   absl::Duration send_stall_timeout = absl::Seconds(30);

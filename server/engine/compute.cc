@@ -40,7 +40,8 @@ absl::Status Engine::Run(Job& job) {
   std::shared_ptr<kv::KvCache> cache(pooled, pooled->cache.get());
   pooled.reset();
   job.source().SetCache(cache);
-  const absl::Status status = Compute(job, *cache);
+  const std::unique_ptr<attention::RecallProbe> probe = NextProbe(job);
+  const absl::Status status = Compute(job, *cache, probe.get());
   if (!status.ok() || job.failed()) {
     // The failure may have come before SetCache: make sure that nothing keeps the memory.
     job.source().DropCache();
@@ -51,13 +52,50 @@ absl::Status Engine::Run(Job& job) {
     return status;
   }
   const double seconds = absl::ToDoubleSeconds(absl::Now() - start);
-  absl::MutexLock lock(&mu_);
-  const double rate = job.request().token_ids.size() / std::max(seconds, 1e-9);
-  tokens_per_second_ = tokens_per_second_ == 0 ? rate : 0.7 * tokens_per_second_ + 0.3 * rate;
+  {
+    absl::MutexLock lock(&mu_);
+    const double rate = job.request().token_ids.size() / std::max(seconds, 1e-9);
+    tokens_per_second_ = tokens_per_second_ == 0 ? rate : 0.7 * tokens_per_second_ + 0.3 * rate;
+  }
+  // The request has its result; only what waits in the queue waits for this.
+  if (probe != nullptr) FinishProbe(job, *probe);
   return absl::OkStatus();
 }
 
-absl::Status Engine::Compute(Job& job, kv::KvCache& cache) {
+std::unique_ptr<attention::RecallProbe> Engine::NextProbe(const Job& job) {
+  const int64_t tokens = job.request().token_ids.size();
+  // The last layer computes the prompt's last row alone.
+  const int layers = kv_layout().num_layers - 1;
+  if (options_.recall_probe_every == 0 || layers == 0 || !job.method().IsSparse(tokens) ||
+      ++sparse_requests_ % options_.recall_probe_every != 0) {
+    return nullptr;
+  }
+  const int64_t number = probes_++;
+  const double turns = 0.6180339887498949 * static_cast<double>(number);  // phases fill [0, 1)
+  return std::make_unique<attention::RecallProbe>(
+      static_cast<int>(number % layers), tokens, turns - std::floor(turns),
+      [this](const void* device, int64_t bytes, void* host) {
+        return transformer_.CopyToHost(device, bytes, host);
+      });
+}
+
+void Engine::FinishProbe(const Job& job, attention::RecallProbe& probe) {
+  const absl::StatusOr<std::vector<double>> recall = probe.Finish();
+  if (recall.ok()) {
+    metrics_.RecallProbed(job.method().name(), LayerGroup(probe.layer(), kv_layout().num_layers),
+                          *recall);
+    return;
+  }
+  int64_t suppressed = 0;
+  if (probe_warnings_.Allow(absl::Now(), &suppressed)) {
+    Log(LogLevel::kWarning, "recall_probe_failed",
+        {{"request_id", job.request().request_id},
+         {"status", recall.status().ToString()},
+         {"suppressed", absl::StrCat(suppressed)}});
+  }
+}
+
+absl::Status Engine::Compute(Job& job, kv::KvCache& cache, attention::RecallProbe* probe) {
   const Request& request = job.request();
   const kv::ChunkPlan& plan = job.source().plan();
   const int num_layers = kv_layout().num_layers;
@@ -91,6 +129,7 @@ absl::Status Engine::Compute(Job& job, kv::KvCache& cache) {
     VSP_RETURN_IF_ERROR(mark_now(step));
     model::ForwardOptions forward;
     forward.method = &job.method();
+    forward.probe = probe;
     forward.logits = last ? model::LogitsMode::kLast : model::LogitsMode::kNone;
     forward.after_layer = [&](int layer) -> absl::Status {
       const absl::Time now = absl::Now();
@@ -128,6 +167,7 @@ absl::Status Engine::Compute(Job& job, kv::KvCache& cache) {
     result.end -=
         stager_.Elapsed(last[num_layers], last[num_layers + 1]).value_or(absl::ZeroDuration());
   }
+  result.dense_fallback_layers = job.method().dense_fallback_layers();
   job.PublishResult(std::move(result));
   return absl::OkStatus();
 }

@@ -6,6 +6,7 @@
 
 #include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
+#include "server/attention/presets.h"
 #include "server/base/log.h"
 #include "server/base/status_macros.h"
 
@@ -25,6 +26,16 @@ RequestLimits MakeLimits(const model::Transformer& transformer, const EngineOpti
     limits.max_prompt_tokens = std::min(limits.max_prompt_tokens, options.max_prompt_tokens);
   }
   return limits;
+}
+
+absl::StatusOr<std::unique_ptr<attention::AttentionMethod>> MakeMethod(
+    const Request& request, const EngineOptions& options) {
+  std::string name = request.method;
+  std::map<std::string, double> parameters = request.method_parameters;
+  if (!request.preset.empty()) {
+    VSP_RETURN_IF_ERROR(attention::ResolvePreset(request.preset, &name, &parameters));
+  }
+  return options.create_method(name.empty() ? options.default_method : name, parameters);
 }
 
 std::string Seconds(absl::Duration duration) {
@@ -92,8 +103,7 @@ absl::StatusOr<std::shared_ptr<Job>> Engine::Admit(Request request,
     return Rejection(absl::StatusCode::kDeadlineExceeded, "deadline",
                      "the deadline had passed when the request arrived");
   }
-  const std::string& name = request.method.empty() ? options_.default_method : request.method;
-  auto method = options_.create_method(name, request.method_parameters);
+  auto method = MakeMethod(request, options_);
   if (!method.ok()) {
     absl::Status status = std::move(method).status();
     status.SetPayload(kReasonPayload, absl::Cord("invalid"));

@@ -18,6 +18,8 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "server/attention/recall_probe.h"
+#include "server/base/log.h"
 #include "server/engine/job.h"
 #include "server/engine/request.h"
 #include "server/kv/kv_pool.h"
@@ -36,6 +38,8 @@ struct EngineOptions {
   int64_t max_waiting_tokens = 1 << 20;
   absl::Duration send_stall_timeout = absl::Seconds(30);
   std::string default_method = "dense";
+  /// Every so many sparse requests the attention mass that one layer read is measured (0: never).
+  int64_t recall_probe_every = 0;
   /// Makes the method of a request (attention::CreateMethod with the model's context).
   std::function<absl::StatusOr<std::unique_ptr<attention::AttentionMethod>>(
       const std::string& name, const std::map<std::string, double>& parameters)>
@@ -97,7 +101,10 @@ class Engine {
   void EngineLoop();
   /// Runs one request on the engine thread; its failure where it has one.
   absl::Status Run(Job& job);
-  absl::Status Compute(Job& job, kv::KvCache& cache);
+  absl::Status Compute(Job& job, kv::KvCache& cache, attention::RecallProbe* probe);
+  /// The probe for this request, if it is its turn.
+  std::unique_ptr<attention::RecallProbe> NextProbe(const Job& job);
+  void FinishProbe(const Job& job, attention::RecallProbe& probe);
   bool WorkOrStop() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return stop_ || !queue_.empty(); }
   bool Idle() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return live_.empty(); }
 
@@ -108,6 +115,10 @@ class Engine {
   const RequestLimits limits_;
   // Shared with every cache: memory lent to gRPC may be released after the engine has gone.
   const std::shared_ptr<kv::KvPool> pool_;
+
+  // Engine thread only.
+  int64_t sparse_requests_ = 0, probes_ = 0;
+  LogThrottle probe_warnings_{absl::Minutes(1)};
 
   std::atomic<bool> device_lost_ = false;
   std::atomic<int64_t> last_progress_nanos_ = 0;

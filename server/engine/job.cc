@@ -388,11 +388,12 @@ Summary Job::MakeSummary() {
   summary.ttft = first_token_ - request_.received;
   summary.exposed_transfer = std::max(last_release_ - result.end, absl::ZeroDuration());
   summary.index_build = result.index_build;
+  summary.dense_fallback_layers = result.dense_fallback_layers;
   const int layers = result.counts.size();
   const int groups = std::min(4, layers);  // quarters, where there are four layers
   kernels::PairCounts all, group[4];
   for (int layer = 0; layer < layers; ++layer) {
-    for (kernels::PairCounts* sum : {&all, &group[layer * groups / layers]}) {
+    for (kernels::PairCounts* sum : {&all, &group[LayerGroup(layer, layers)]}) {
       sum->dense += result.counts[layer].dense;
       sum->unmasked += result.counts[layer].unmasked;
       sum->multiplied += result.counts[layer].multiplied;
@@ -443,6 +444,7 @@ void Job::Report(const Summary& summary) {
     }
   }
   completed.layer_group_density = summary.layer_group_density;
+  completed.dense_fallback_layers = summary.dense_fallback_layers;
   environment_.metrics->Succeeded(completed);
 }
 

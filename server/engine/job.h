@@ -3,6 +3,7 @@
 // happens, it ends exactly once, with its receivers told and its KV memory let go.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -33,7 +34,13 @@ struct ComputeResult {
   absl::Time end;  // of the last layer
   absl::Duration index_build;
   std::vector<kernels::PairCounts> counts;  // per layer
+  int dense_fallback_layers = 0;            // AttentionMethod::dense_fallback_layers
 };
+
+/// Quarter of the layers that `layer` lies in (fewer than four layers: its number).
+inline int LayerGroup(int layer, int num_layers) {
+  return layer * std::min(4, num_layers) / num_layers;
+}
 
 class Job : public std::enable_shared_from_this<Job> {
  public:

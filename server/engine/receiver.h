@@ -31,6 +31,7 @@ struct TargetResult {
 /// Everything there is to say about a request that delivered its cache.
 struct Summary {
   absl::Duration queue, compute, ttft, exposed_transfer, index_build;
+  int dense_fallback_layers = 0;  // dense, at least in part, because their index was slower
   double density = 0, cost_ratio = 0;
   std::vector<double> layer_group_density;
   int64_t kv_bytes = 0;

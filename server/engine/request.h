@@ -23,7 +23,8 @@ struct Request {
   std::vector<int32_t> token_ids;
   std::string expected_kv_id;              // empty: any
   std::optional<kernels::DType> kv_dtype;  // nullopt: the server's
-  std::string method;                      // empty: the server's default
+  std::string method;                      // empty: the preset's, else the server's default
+  std::string preset;                      // attention/presets.h; empty: none
   std::map<std::string, double> method_parameters;
   int stripes = 1;
   int64_t start_token = 0;

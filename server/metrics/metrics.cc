@@ -42,6 +42,8 @@ const Buckets kTokenBuckets = {1,    2,    5,    10,    20,    50,    100,    20
                                1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000};
 const Buckets kDensityBuckets = {.05, .1, .15, .2, .25, .3, .35, .4, .45, .5,
                                  .55, .6, .65, .7, .75, .8, .85, .9, .95, 1};
+const Buckets kRecallBuckets = {.5,  .6,  .7,  .75, .8,  .85,  .9, .925,
+                                .95, .96, .97, .98, .99, .995, 1};
 const Buckets kKeptBuckets = {0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536};
 
 constexpr std::array<absl::string_view, 13> kRejectReasons = {
@@ -117,6 +119,18 @@ struct Metrics::Impl {
       density[group] =
           &density_family.Add(With(base, "layer_group", absl::StrCat(group)), kDensityBuckets);
     }
+    auto& recall_family = BuildHistogram()
+                              .Name("vsprefill_attention_mass_recall_ratio")
+                              .Help(
+                                  "Share of the true attention mass that a probed layer's index "
+                                  "read, per query head, by quarter of the layers (0 is the first)")
+                              .Register(registry);
+    for (const std::string& method : info.probed_methods) {
+      for (size_t group = 0; group < density.size(); ++group) {
+        recall[method][group] = &recall_family.Add(
+            With(With(base, "method", method), "layer_group", absl::StrCat(group)), kRecallBuckets);
+      }
+    }
 
     prompt_tokens_total = Count("prompt_tokens_total", "Prompt tokens of finished requests");
     pairs_total = Count("attention_pairs_total", "Causal (query, key) pairs, all layers and heads");
@@ -124,6 +138,9 @@ struct Metrics::Impl {
                            "Unmasked (query, key) pairs computed, all layers and heads");
     pairs_multiplied = Count("attention_pairs_multiplied_total",
                              "(query, key) pairs multiplied by kernels, padding included");
+    dense_fallback_layers = Count("dense_fallback_layers_total",
+                                  "Layers computed densely, whole or in part, because their index "
+                                  "would have been slower");
     push_retries = Count("push_retries_total", "Pushes started again after UNAVAILABLE");
     checksum_failures = Count("checksum_failures_total", "Push targets that answered DATA_LOSS");
     success = &BuildCounter()
@@ -208,8 +225,9 @@ struct Metrics::Impl {
   Histogram *queue, *prefill, *layer_compute, *prompt_tokens, *index_build, *vertical_columns,
       *slash_diagonals;
   std::array<Histogram*, 4> density;
-  Counter *prompt_tokens_total, *pairs_total, *pairs_computed, *pairs_multiplied, *push_retries,
-      *checksum_failures, *success;
+  std::map<std::string, std::array<Histogram*, 4>, std::less<>> recall;  // by method
+  Counter *prompt_tokens_total, *pairs_total, *pairs_computed, *pairs_multiplied,
+      *dense_fallback_layers, *push_retries, *checksum_failures, *success;
   std::map<std::string, Counter*, std::less<>> failed, rejected, cancelled;
   std::map<PeerKind, Counter*> bytes_sent;
   Gauge *running, *waiting, *waiting_tokens, *kv_usage, *send_buffer, *draining, *last_progress;
@@ -278,11 +296,19 @@ void Metrics::Succeeded(const Completed& completed) {
   m.pairs_total->Increment(completed.pairs_total);
   m.pairs_computed->Increment(completed.pairs_computed);
   m.pairs_multiplied->Increment(completed.pairs_multiplied);
+  m.dense_fallback_layers->Increment(completed.dense_fallback_layers);
   for (size_t i = 0; i < completed.layer_group_density.size() && i < m.density.size(); ++i) {
     m.density[i]->Observe(completed.layer_group_density[i]);
   }
   for (double kept : completed.vertical_columns) m.vertical_columns->Observe(kept);
   for (double kept : completed.slash_diagonals) m.slash_diagonals->Observe(kept);
+}
+
+void Metrics::RecallProbed(absl::string_view method, int layer_group,
+                           const std::vector<double>& recall) {
+  const auto it = impl_->recall.find(method);
+  if (it == impl_->recall.end()) return;
+  for (const double share : recall) it->second[layer_group]->Observe(share);
 }
 
 void Metrics::LayerComputed(absl::Duration duration) {

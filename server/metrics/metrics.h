@@ -22,6 +22,8 @@ struct Info {
   std::string kv_dtype;
   int64_t chunk_tokens = 0;  // most tokens in one KV chunk message
   int64_t pool_chunks = 0;   // chunks of all layers that fit the KV pool
+  /// Methods whose recall is probed; empty: the probe is off and has no series.
+  std::vector<std::string> probed_methods;
 };
 
 /// What is read at the moment of a scrape.
@@ -45,6 +47,7 @@ struct Completed {
   /// (query, key) pairs over all layers and heads: causal, unmasked, multiplied by the kernel.
   int64_t pairs_total = 0, pairs_computed = 0, pairs_multiplied = 0;
   std::vector<double> layer_group_density;  // per quarter of the layers
+  int dense_fallback_layers = 0;
   /// Per layer, mean over chunks and KV groups; empty for a method without an index.
   std::vector<double> vertical_columns, slash_diagonals;
 };
@@ -66,6 +69,9 @@ class Metrics {
   void Cancelled(absl::string_view phase);
   void Succeeded(const Completed& completed);
 
+  /// Shares of attention mass read, one per query head of the probed layer. A method that is not
+  /// among `probed_methods` is dropped.
+  void RecallProbed(absl::string_view method, int layer_group, const std::vector<double>& recall);
   void LayerComputed(absl::Duration duration);
   /// Time from handing a chunk to gRPC until gRPC had room for another.
   void ChunkSent(Mode mode, PeerKind peer, int64_t bytes, absl::Duration stall);

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/status/status.h"
+#include "server/attention/recall_probe.h"
 #include "server/base/kernel_status.h"
 #include "server/base/status_macros.h"
 
@@ -68,7 +69,9 @@ absl::Status ForwardPass::RunLayer(int layer, absl::Span<const SequenceChunk> ba
   VSP_RETURN_IF_ERROR(AppendKv(layer, batch));
   const bool timed = model_.backend->device() == kernels::DeviceKind::kCpu;
   const double begin = Seconds();
-  if (options.method->needs_indexer_logits()) VSP_RETURN_IF_ERROR(ScoreTokens(layer, batch));
+  if (options.method->needs_indexer_logits()) {
+    VSP_RETURN_IF_ERROR(ScoreTokens(layer, batch, *options.method));
+  }
   const double scored = Seconds();
   if (timed) result->indexer_seconds += scored - begin;
 
@@ -115,8 +118,11 @@ absl::Status ForwardPass::AppendKv(int layer, absl::Span<const SequenceChunk> ba
   return absl::OkStatus();
 }
 
-absl::Status ForwardPass::ScoreTokens(int layer, absl::Span<const SequenceChunk> batch) {
+absl::Status ForwardPass::ScoreTokens(int layer, absl::Span<const SequenceChunk> batch,
+                                      const attention::AttentionMethod& method) {
   for (const SequenceChunk& chunk : batch) {
+    // A prompt that stays dense never reads its logits.
+    if (!method.IsSparse(chunk.prompt_tokens)) continue;
     kernels::IndexerInput input;
     input.k = chunk.cache->k(layer);
     input.v = chunk.cache->v(layer);
@@ -180,6 +186,7 @@ absl::Status ForwardPass::Attend(int layer, absl::Span<const SequenceChunk> batc
   call.rope_cos = cos_;
   call.rope_sin = sin_;
   call.stream = model_.backend->stream();
+  if (options.probe != nullptr && options.probe->layer() == layer) call.probe = options.probe;
   return options.method->Attend(call);
 }
 

@@ -49,7 +49,8 @@ class ForwardPass {
   absl::Status RunLayer(int layer, absl::Span<const SequenceChunk> batch,
                         const ForwardOptions& options, ForwardResult* result);
   absl::Status AppendKv(int layer, absl::Span<const SequenceChunk> batch);
-  absl::Status ScoreTokens(int layer, absl::Span<const SequenceChunk> batch);
+  absl::Status ScoreTokens(int layer, absl::Span<const SequenceChunk> batch,
+                           const attention::AttentionMethod& method);
   /// Attention of each chunk's tokens, or of its last one only.
   absl::Status Attend(int layer, absl::Span<const SequenceChunk> batch, bool last_token_only,
                       const ForwardOptions& options);

@@ -96,6 +96,8 @@ absl::Status LoadedTransformer::Init(const LoadOptions& options) {
   method_context_.allocator = &backend_->allocator();
   method_context_.library_attention = backend_->library_attention();
   method_context_.num_layers = config_.num_layers;
+  method_context_.num_q_heads = config_.num_q_heads;
+  method_context_.head_dim = config_.head_dim;
   if (indexer_ != nullptr) method_context_.threshold_scale = indexer_->threshold_scale();
   if (seer_gate_ != nullptr) method_context_.seer_gate = seer_gate_->layers();
   forward_ = std::make_unique<ForwardPass>(ForwardPass::Model{

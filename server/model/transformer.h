@@ -49,6 +49,8 @@ struct ForwardOptions {
   /// The last layer's attention runs only for rows whose logits are wanted; true: for every row.
   /// For a method that watches attention instead of serving logits (the trainer's).
   bool all_rows = false;
+  /// Watches the attention of its layer, of the first sequence; null: none.
+  attention::RecallProbe* probe = nullptr;
   /// Called on the engine thread after layer `layer` of the chunk was computed (CPU) or enqueued
   /// (CUDA; the caller records an event on stream()). An error ends the forward call with it: this
   /// is where cancellation and deadlines are checked.

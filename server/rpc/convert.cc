@@ -71,6 +71,7 @@ absl::StatusOr<engine::Request> ToRequest(const v1::PrefillRequest& proto) {
                        " cannot be served; KvDtype has 1 (float32) and 2 (bfloat16)"));
   }
   request.method = proto.method().name();
+  request.preset = proto.method().preset();
   request.method_parameters.insert(proto.method().parameters().begin(),
                                    proto.method().parameters().end());
   // Beyond int range is beyond any model's layers and any prompt: validation names the value.
@@ -79,6 +80,20 @@ absl::StatusOr<engine::Request> ToRequest(const v1::PrefillRequest& proto) {
   request.want_logits = proto.want_logits();
   request.push_targets.assign(proto.push_targets().begin(), proto.push_targets().end());
   return request;
+}
+
+v1::PresetInfo ToProto(const attention::PresetEntry& preset) {
+  v1::PresetInfo proto;
+  proto.set_name(preset.name);
+  proto.set_method(attention::kPresetMethod);
+  for (const auto& [name, value] : attention::PresetParameters(preset)) {
+    (*proto.mutable_parameters())[name] = value;
+  }
+  proto.set_density(preset.density);
+  proto.set_perplexity_change_mean(preset.loss_mean / 100);
+  proto.set_perplexity_change_median(preset.loss_median / 100);
+  proto.set_measured_on(attention::kPresetsMeasuredOn);
+  return proto;
 }
 
 v1::KvDtype ToProto(kernels::DType dtype) {
@@ -157,6 +172,7 @@ v1::PrefillEvent DoneEvent(const engine::Summary& summary, bool with_stats) {
   stats->set_cost_ratio(summary.cost_ratio);
   for (double density : summary.layer_group_density) stats->add_layer_group_density(density);
   stats->set_kv_bytes(summary.kv_bytes);
+  stats->set_dense_fallback_layers(summary.dense_fallback_layers);
   stats->set_index_seconds(absl::ToDoubleSeconds(summary.index_build));
   for (const engine::TargetResult& target : summary.targets) {
     v1::TargetStatus* status = done->add_targets();

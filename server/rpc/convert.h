@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "server/attention/presets.h"
 #include "server/engine/job.h"
 #include "server/engine/receiver.h"
 #include "server/engine/request.h"
@@ -28,6 +29,7 @@ grpc::ByteBuffer Serialize(const google::protobuf::Message& message);
 /// Everything but the times. INVALID_ARGUMENT: a KV dtype that does not exist.
 absl::StatusOr<engine::Request> ToRequest(const v1::PrefillRequest& request);
 
+v1::PresetInfo ToProto(const attention::PresetEntry& preset);
 v1::KvDtype ToProto(kernels::DType dtype);
 v1::KvLayout ToProto(const kv::KvLayout& layout);
 v1::KvLayout ToProto(const kv::ChunkPlan& plan);

@@ -104,6 +104,10 @@ grpc::ServerUnaryReactor* PrefillService::GetModelInfo(grpc::CallbackServerConte
       p->set_max(parameter.max);
       p->set_help(parameter.help);
     }
+    if (method.name != attention::kPresetMethod) continue;
+    for (const attention::PresetEntry& preset : attention::kPresets) {
+      *response->add_presets() = ToProto(preset);
+    }
   }
   response->set_server_version(info_.version);
   response->set_num_q_heads(info_.num_q_heads);

@@ -8,6 +8,7 @@
 
 #include "absl/time/time.h"
 #include "server/attention/attention_method.h"
+#include "server/attention/presets.h"
 #include "server/engine/engine.h"
 #include "server/rpc/allow_list.h"
 #include "server/rpc/push_stream.h"
@@ -19,7 +20,7 @@ namespace vsprefill::rpc {
 struct ServiceInfo {
   std::string model_name, architecture, weights_id, device, compute_dtype, version;
   int num_q_heads = 0;
-  std::vector<attention::MethodSpec> methods;
+  std::vector<attention::MethodSpec> methods;  // presets are told where theirs is among them
 };
 
 using RawPrefillService = v1::PrefillService::WithRawCallbackMethod_Prefill<

@@ -129,6 +129,24 @@ TEST(ErrorsTest, RefusalsNameTheValueAndWhatIsAllowed) {
        },
        StatusCode::INVALID_ARGUMENT,
        {"\"wish\"", "threshold"}},
+      {"preset",
+       [](auto& r) { r.mutable_method()->set_preset("turbo"); },
+       grpc::StatusCode::INVALID_ARGUMENT,
+       {"\"turbo\"", "safe, balanced, fast"}},
+      {"preset of another method",
+       [](auto& r) {
+         r.mutable_method()->set_preset("fast");
+         r.mutable_method()->set_name("dense");
+       },
+       grpc::StatusCode::INVALID_ARGUMENT,
+       {"\"fast\"", "\"dense\"", "\"vsprefill\" or none"}},
+      {"parameter beside a preset",
+       [](auto& r) {
+         r.mutable_method()->set_preset("fast");
+         (*r.mutable_method()->mutable_parameters())["threshold"] = -1;
+       },
+       grpc::StatusCode::INVALID_ARGUMENT,
+       {"-1", "[0, "}},
       {"parameter of the default method",
        [](auto& r) { (*r.mutable_method()->mutable_parameters())["wish"] = 1; },
        StatusCode::INVALID_ARGUMENT,

@@ -10,7 +10,12 @@
 #include <thread>
 
 #include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
+#include "absl/time/clock.h"
 #include "server/attention/attention_method.h"
 #include "tests/support/subprocess.h"
 #include "tests/support/test_service.h"
@@ -191,6 +196,55 @@ TEST(ServerProcessTest, ServesHealthReflectionMetricsAndPrefill) {
   EXPECT_EQ(load.kv_pool_used_bytes(), 0u);
   EXPECT_EQ(load.kv_pool_bytes(), uint64_t{4} << 30);
   EXPECT_GT(load.tokens_per_second(), 0);
+}
+
+TEST(ServerProcessTest, TheRecallProbeMeasuresEveryNthSparseRequest) {
+  RunningServer server({"--recall_probe_every", "2", "--chunk_tokens", "128"});
+  const auto count = [&server](int group) {
+    const std::string scrape = HttpGet(server.metrics_address(), "/metrics").second;
+    const std::string series =
+        absl::StrCat("vsprefill_attention_mass_recall_ratio_", "%s{engine=\"0\",layer_group=\"",
+                     group, "\",method=\"streaming_llm\",model_name=\"llama\"} ");
+    std::pair<double, double> count_and_sum(-1, -1);
+    for (absl::string_view line : absl::StrSplit(scrape, '\n')) {
+      if (absl::ConsumePrefix(&line, absl::StrReplaceAll(series, {{"%s", "count"}}))) {
+        (void)absl::SimpleAtod(line, &count_and_sum.first);
+      } else if (absl::ConsumePrefix(&line, absl::StrReplaceAll(series, {{"%s", "sum"}}))) {
+        (void)absl::SimpleAtod(line, &count_and_sum.second);
+      }
+    }
+    return count_and_sum;
+  };
+  v1::PrefillRequest request = MakeRequest("dense", Ids(400));
+  ASSERT_TRUE(Prefill(server.stub(), request).status.ok());
+  request.mutable_method()->set_name("streaming_llm");
+  (*request.mutable_method()->mutable_parameters())["sink_tokens"] = 4;
+  (*request.mutable_method()->mutable_parameters())["window_tokens"] = 64;
+  // Sparse requests 1 to 4: probes after the second (layer 0) and the fourth (layer 1).
+  for (int i = 1; i <= 4; ++i) {
+    request.set_request_id(absl::StrCat("sparse", i));
+    const StreamResult result = Prefill(server.stub(), request);
+    ASSERT_TRUE(result.status.ok()) << result.status.error_message();
+    EXPECT_LT(result.done.stats().density(), 0.9);
+    if (i == 1) {
+      EXPECT_EQ(count(0), std::make_pair(0.0, 0.0));
+    }
+  }
+  const absl::Time until = absl::Now() + absl::Seconds(10);
+  while (count(1).first <= 0 && absl::Now() < until) absl::SleepFor(absl::Milliseconds(20));
+  for (int group : {0, 1}) {
+    const auto [heads, sum] = count(group);
+    EXPECT_EQ(heads, 6) << group;  // query heads of the model
+    EXPECT_GT(sum, 0.3 * heads);
+    EXPECT_LT(sum, heads);
+  }
+  EXPECT_EQ(count(2).first, 0);
+}
+
+TEST(ServerProcessTest, WithoutTheProbeItsMetricIsAbsent) {
+  RunningServer server;
+  EXPECT_FALSE(absl::StrContains(HttpGet(server.metrics_address(), "/metrics").second,
+                                 "attention_mass_recall"));
 }
 
 TEST(ServerProcessTest, SigtermEndsAnIdleServerWithZero) {

@@ -52,8 +52,9 @@ def test_layers_come_one_by_one(connect):
 def test_request_fields(connect):
     with FakeServer() as server, connect(server.address) as client:
         client.prefill(IDS, request_id="r", attempt=3, method="vsprefill", parameters={"threshold": 2.0},
-                       expected_kv_id="id")
+                       preset="fast", expected_kv_id="id")
     request = server.requests[0]
+    assert request.method.preset == "fast"
     assert (request.request_id, request.attempt, list(request.token_ids)) == ("r", 3, IDS)
     assert (request.method.name, dict(request.method.parameters)) == ("vsprefill", {"threshold": 2.0})
 

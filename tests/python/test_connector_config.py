@@ -30,6 +30,8 @@ ENDPOINTS = ["a:1", "b:2"]
     ({"endpoints": ENDPOINTS, "attention": "dense"}, "attention 'dense' is not an object"),
     ({"endpoints": ENDPOINTS, "attention": {"parameters": {"threshold": "x"}}}, "threshold 'x' is not a number"),
     ({"endpoints": ENDPOINTS, "presets": {"fast": {"methode": "x"}}}, "preset fast: unknown 'methode'"),
+    ({"endpoints": ENDPOINTS, "attention": {"preset": "slow"}}, "attention: preset 'slow' is not one of safe"),
+    ({"endpoints": ENDPOINTS, "attention": {"preset": "fast", "method": "dense"}}, "attention: give either preset"),
     ({"endpoints": ENDPOINTS, "tls": {"ca": "x"}}, "tls: unknown 'ca'"),
     ({"endpoints": ENDPOINTS, "tls": {"root_certificates": "/nowhere/ca.pem"}}, "tls: .*/nowhere/ca.pem"),
     ({"endpoints": ENDPOINTS, "tls": {"root_certificates": 7}}, "tls: root_certificates 7 is not a string"),
@@ -53,6 +55,8 @@ def test_request_options():
     fast = CONFIG.for_request({"preset": "fast", "endpoint": "b:2", "deadline_seconds": 2})
     assert fast.attention == Attention("vsprefill", {"threshold": 2})
     assert (fast.endpoint, fast.deadline_seconds, fast.asked) == ("b:2", 2, True)
+    # What is not configured here is the server's.
+    assert CONFIG.for_request({"preset": "safe"}).attention == Attention(preset="safe")
     assert CONFIG.for_request({"method": "vsprefill"}).attention == Attention("vsprefill")
     assert CONFIG.for_request({"enabled": False}) is None
     off = ConnectorConfig.parse({"endpoints": ENDPOINTS, "default_on": False})
@@ -62,7 +66,8 @@ def test_request_options():
 
 @pytest.mark.parametrize("params,message", [
     ("x", "not an object"), ({"endpoint": "evil:80"}, "'evil:80' is not one of a:1, b:2"),
-    ({"preset": "slow"}, "'slow' is not one of fast"), ({"preset": "fast", "method": "dense"}, "not both"),
+    ({"preset": "slow"}, "'slow' is not one of balanced, fast, safe"),
+    ({"preset": "fast", "method": "dense"}, "not both"),
     ({"deadline_seconds": 0}, "deadline_seconds 0"), ({"deadline": 5}, "unknown 'deadline'"),
     ({"preset": {}}, "preset {} is not a string"), ({7: 1, "a": 2}, "unknown"), ({"method": 3}, "method 3"),
     ({"parameters": {"threshold": []}}, "threshold"), ({"enabled": "no"}, "enabled 'no'"),
@@ -75,6 +80,7 @@ def test_wrong_request_options_are_named(params, message):
 
 def test_salts_tell_kinds_of_sparse_kv_apart():
     kinds = [Attention(""), Attention("vsprefill"), Attention("vsprefill", {"threshold": 2.0}),
+             Attention(preset="safe"), Attention(preset="fast"), Attention(preset="fast", parameters={"threshold": 9}),
              Attention("vsprefill", {"threshold": 2.5}), Attention("vsprefill", {"threshold": 2.0, "chunk": 1.0})]
     assert not any(kind.exact for kind in kinds)
     assert len({kind.salt for kind in kinds}) == len(kinds)

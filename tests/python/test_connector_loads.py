@@ -53,9 +53,9 @@ class Engine:
     def __exit__(self, *_):
         self.worker.close()
 
-    def start(self, request_id, *endpoints, start=0, deadline=20.0, method="dense"):
+    def start(self, request_id, *endpoints, start=0, deadline=20.0, method="dense", preset=""):
         self.worker.step(LoadMetadata([LoadSpec(request_id, IDS, start, BLOCK_IDS, endpoints, method, {}, deadline,
-                                                "id")]))
+                                                "id", preset)]))
 
     def wait(self, *wanted, timeout=20):
         """Results of these requests; each must come once."""
@@ -99,6 +99,14 @@ def test_a_load_fills_the_blocks(stripes, start):
     assert (request.expected_kv_id, request.start_token, request.method.name) == ("id", start, "dense")
     assert request.request_id != "r"  # an engine's ids may repeat between engines
     check_content(engine, start)
+
+
+def test_a_preset_is_the_servers_to_resolve():
+    with FakeServer() as server, Engine(server.address) as engine:
+        engine.start("r", server.address, method="", preset="fast")
+        (result,) = engine.wait("r")
+    assert result.outcome == "loaded"
+    assert (server.requests[0].method.preset, server.requests[0].method.name) == ("fast", "")
 
 
 def test_a_failed_server_is_followed_by_the_next():

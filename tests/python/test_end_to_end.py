@@ -14,6 +14,7 @@ import pytest
 import vsprefill
 from servers import ROOT, binary, start_server
 from vsprefill import identity
+from vsprefill.connector.config import SERVER_PRESETS
 
 sys.path.insert(0, str(ROOT / "deploy/local"))
 
@@ -146,6 +147,51 @@ def test_the_card_was_measured_with_this_default(server):
         method = next(m for m in client.model_info().methods if m.name == "vsprefill")
     assert default_card.load()["parameters"] == {p.name: p.default_value for p in method.parameters}
     assert default_card.lines(8000)[0].startswith("8,000 tokens: density 0.1")
+
+
+def test_presets(server, prompts):
+    ids = prompts[7]["ids"][:2048]  # fewer would be computed densely
+    with vsprefill.PrefillClient(server.address) as client:
+        presets = {p.name: p for p in client.model_info().presets}
+        assert tuple(presets) == SERVER_PRESETS
+        densities = []
+        for name, preset in presets.items():
+            assert (preset.method, dict(preset.parameters).keys()) == ("vsprefill", {"threshold"})
+            assert 0 < preset.perplexity_change_median < preset.perplexity_change_mean < 1
+            kv = client.prefill(ids, preset=name)
+            assert kv.method == "vsprefill" and kv.method_parameters["threshold"] == preset.parameters["threshold"]
+            assert kv.stats.dense_fallback_layers < kv.layout.num_layers
+            densities.append(kv.stats.density)
+        assert 1 > densities[0] > densities[1] > densities[2] > 0
+        own = client.prefill(ids, preset="fast", parameters={"threshold": 2.8})
+        assert own.stats.density == densities[1]
+        pure = client.prefill(ids, preset="safe", parameters={"dense_fallback": 0})
+        assert pure.stats.dense_fallback_layers == 0 and pure.stats.density <= densities[0]
+        with pytest.raises(vsprefill.InvalidRequestError, match="safe, balanced, fast"):
+            client.prefill(ids, preset="turbo")
+        with pytest.raises(vsprefill.InvalidRequestError, match='"vsprefill" or none'):
+            client.prefill(ids, preset="fast", method="dense")
+
+
+def test_an_index_that_keeps_everything_is_not_run(server, prompts):
+    def counted():
+        with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        return float(next(x for x in lines if x.startswith("vsprefill_dense_fallback_layers_total{")).split()[-1])
+
+    ids, before = prompts[7]["ids"][:2048], counted()
+    with vsprefill.PrefillClient(server.address) as client:
+        fallen = client.prefill(ids, method="vsprefill", parameters={"threshold": 0})
+        forced = client.prefill(ids, method="vsprefill", parameters={"threshold": 0, "dense_fallback": 0})
+        dense = client.prefill(ids, method="dense")
+    # The last layer computes the prompt's last row alone, which is dense in any case.
+    assert fallen.stats.dense_fallback_layers == fallen.layout.num_layers - 1
+    assert counted() - before == fallen.stats.dense_fallback_layers
+    assert forced.stats.dense_fallback_layers == 0
+    assert fallen.stats.density == forced.stats.density == 1
+    assert fallen.stats.cost_ratio == dense.stats.cost_ratio
+    for layer in range(fallen.layout.num_layers):
+        np.testing.assert_array_equal(fallen.keys[layer], dense.keys[layer])
 
 
 def test_chat_template_equals_transformers(model_dir):

@@ -184,6 +184,14 @@ grpc::Status FakePrefillServer::GetModelInfo(grpc::ServerContext* context,
   p.set_min(0);
   p.set_max(100);
   p.set_help("mass per cost");
+  v1::PresetInfo& preset = *info->add_presets();
+  preset.set_name("safe");
+  preset.set_method("vsprefill");
+  (*preset.mutable_parameters())["threshold"] = 1.5;
+  preset.set_density(0.25);
+  preset.set_perplexity_change_mean(0.0625);
+  preset.set_perplexity_change_median(0.03125);
+  preset.set_measured_on("a model");
   return grpc::Status::OK;
 }
 

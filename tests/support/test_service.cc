@@ -23,6 +23,7 @@ TestService::TestService(const TestServiceOptions& options)
   info.kv_dtype = kernels::Name(options.model.dtype);
   info.chunk_tokens = transformer_->kv_layout().max_chunk_tokens();
   info.pool_chunks = 1;
+  info.probed_methods = {"vsprefill"};
   metrics_ = std::make_unique<metrics::Metrics>(info);
   engine::EngineOptions engine_options;
   engine_options.kv_pool_bytes = options.kv_pool_bytes;

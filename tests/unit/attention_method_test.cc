@@ -3,12 +3,15 @@
 #include "server/attention/attention_method.h"
 
 #include <cmath>
+#include <iterator>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "server/attention/crossover.h"
+#include "server/attention/presets.h"
 
 namespace vsprefill::attention {
 namespace {
@@ -116,8 +119,14 @@ class AttentionMethodTest : public testing::TestWithParam<bool> {
     context_.num_layers = kLayers;
     context_.seer_gate.assign(kLayers, gate_.layer());
   }
+  /// A method that runs as it selects: prompts here are so short that dense is often faster.
   std::unique_ptr<AttentionMethod> Make(absl::string_view name,
-                                        const std::map<std::string, double>& parameters = {}) {
+                                        std::map<std::string, double> parameters = {}) {
+    if (name == "vsprefill") parameters.insert({"dense_fallback", 0});
+    return MakeServed(name, parameters);
+  }
+  std::unique_ptr<AttentionMethod> MakeServed(absl::string_view name,
+                                              const std::map<std::string, double>& parameters) {
     auto method = CreateMethod(context_, name, parameters);
     EXPECT_TRUE(method.ok()) << method.status();
     return *std::move(method);
@@ -173,7 +182,7 @@ TEST_P(AttentionMethodTest, RefusesUnknownNamesAndValuesOutOfRange) {
 }
 
 TEST_P(AttentionMethodTest, OverridesAreResolvedOnTopOfDefaults) {
-  auto method = Make("vsprefill", {{"threshold", 7.5}});
+  auto method = MakeServed("vsprefill", {{"threshold", 7.5}});
   EXPECT_EQ(method->name(), "vsprefill");
   EXPECT_TRUE(method->needs_indexer_logits());
   for (const MethodSpec& spec : MethodSpecs()) {
@@ -324,6 +333,169 @@ TEST_P(AttentionMethodTest, LibraryAttentionServesDenseCallsOnly) {
   EXPECT_EQ(calls, 1);
   Whole(*Make("vsprefill", {{"dense_below", 1000}}), prompt);
   EXPECT_EQ(calls, 2);
+}
+
+// An index that reads everything costs more than dense attention, a sparse one less.
+TEST_P(AttentionMethodTest, FallsBackToDenseWhereTheIndexIsSlower) {
+  Prompt prompt(900, 31);
+  PairCounts dense_counts;
+  const auto dense = Whole(*Make("dense"), prompt, &dense_counts);
+  const std::map<std::string, double> everything = {{"threshold", 0}, {"dense_below", 0}};
+  auto method = MakeServed("vsprefill", everything);
+  EXPECT_EQ(method->parameters().at("dense_fallback"), 1);
+  EXPECT_EQ(method->dense_fallback_layers(), 0);
+  PairCounts counts;
+  EXPECT_EQ(MaxDifference(dense, Whole(*method, prompt, &counts, 2)), 0);
+  EXPECT_EQ(counts.multiplied, dense_counts.multiplied);
+  EXPECT_EQ(counts.indexes, 0);  // what ran is counted
+  EXPECT_EQ(method->index_statistics().num_verticals, nullptr);
+  EXPECT_EQ(method->dense_fallback_layers(), 1);
+  Whole(*method, prompt, nullptr, 2);
+  EXPECT_EQ(method->dense_fallback_layers(), 1) << "layers, not calls";
+  Whole(*method, prompt, nullptr, 3);
+  EXPECT_EQ(method->dense_fallback_layers(), 2);
+
+  const std::map<std::string, double> sparse = {
+      {"threshold", 6}, {"full_threshold_tokens", 0}, {"dense_below", 0}};
+  auto pays = MakeServed("vsprefill", sparse);
+  PairCounts pure, served;
+  const auto out = Whole(*Make("vsprefill", sparse), prompt, &pure);
+  EXPECT_EQ(MaxDifference(out, Whole(*pays, prompt, &served)), 0);
+  EXPECT_EQ(served.multiplied, pure.multiplied);
+  EXPECT_EQ(pays->dense_fallback_layers(), 0);
+}
+
+TEST_P(AttentionMethodTest, DenseRowsAndDenseLayersAreNoFallback) {
+  Prompt prompt(900, 32);
+  auto method =
+      MakeServed("vsprefill", {{"threshold", 0}, {"dense_below", 0}, {"dense_layers", 1}});
+  Whole(*method, prompt, nullptr, 0);
+  ASSERT_TRUE(Attend(*method, {prompt.Chunk(899, 900, nullptr)}, 2).ok());
+  EXPECT_EQ(method->dense_fallback_layers(), 0);
+  auto shorter = MakeServed("vsprefill", {{"threshold", 0}, {"dense_below", 901}});
+  Whole(*shorter, prompt, nullptr, 2);
+  EXPECT_EQ(shorter->dense_fallback_layers(), 0);
+  EXPECT_FALSE(shorter->IsSparse(900));
+  EXPECT_TRUE(shorter->IsSparse(901));
+}
+
+// Block-sparse and per-head indexes, too, where it is asked for.
+TEST_P(AttentionMethodTest, OtherMethodsFallBackOnDemand) {
+  Prompt prompt(900, 33);
+  const auto dense = Whole(*Make("dense"), prompt);
+  for (const auto& [name, everything] :
+       {std::pair<const char*, std::map<std::string, double>>{"flashprefill", {{"alpha", 0}}},
+        {"flashprefill_v2", {{"alpha", 0}, {"dense_below", 0}}},
+        {"minference", {{"vertical_size", 0}, {"slash_size", 900}}}}) {
+    SCOPED_TRACE(name);
+    auto parameters = everything;
+    auto method = MakeServed(name, parameters);
+    EXPECT_EQ(method->parameters().at("dense_fallback"), 0);
+    Whole(*method, prompt);
+    EXPECT_EQ(method->dense_fallback_layers(), 0);
+    parameters["dense_fallback"] = 1;
+    method = MakeServed(name, parameters);
+    EXPECT_EQ(MaxDifference(dense, Whole(*method, prompt)), 0);
+    EXPECT_EQ(method->dense_fallback_layers(), 1);
+  }
+}
+
+/// Host memory that says it were a GPU's.
+class NominallyCuda : public Allocator {
+ public:
+  absl::StatusOr<void*> Allocate(int64_t bytes) override { return HostAllocator().Allocate(bytes); }
+  void Free(void* data, int64_t bytes) noexcept override { HostAllocator().Free(data, bytes); }
+  kernels::DeviceKind device() const override { return kernels::DeviceKind::kCuda; }
+};
+
+TEST_P(AttentionMethodTest, OnCudaTheLengthDecidesBeforeAnythingIsSelected) {
+  NominallyCuda allocator;
+  context_.allocator = &allocator;
+  EXPECT_TRUE(MakeServed("vsprefill", {{"dense_below", 0}})->IsSparse(1)) << "width not known";
+  context_.num_q_heads = kHeads;
+  context_.head_dim = kHeadDim;
+  Prompt prompt(900, 34);
+  for (int64_t position = 0; position < 900; ++position) prompt.slash[position] = NAN;
+  const auto dense = Whole(*Make("dense"), prompt);
+  auto method = MakeServed("vsprefill", {{"threshold", 6}, {"dense_below", 0}});
+  EXPECT_FALSE(method->IsSparse(CudaMinTokens(kHeads, kHeadDim) - 1));
+  EXPECT_TRUE(method->IsSparse(CudaMinTokens(kHeads, kHeadDim)));
+  EXPECT_EQ(MaxDifference(dense, Whole(*method, prompt, nullptr, 1)), 0);
+  EXPECT_EQ(method->dense_fallback_layers(), 1);
+  EXPECT_TRUE(Make("vsprefill", {{"dense_below", 0}})->IsSparse(900));
+  EXPECT_TRUE(Make("streaming_llm")->IsSparse(900));
+}
+
+TEST(CrossoverTest, WideModelsPaySoonerOnCuda) {
+  // As measured: SmolLM2's shape between 4,096 and 8,192 tokens, Llama-3.1-8B's before 2,048.
+  EXPECT_GT(CudaMinTokens(9, 64), 4096);
+  EXPECT_LT(CudaMinTokens(9, 64), 8192);
+  EXPECT_LT(CudaMinTokens(32, 128), 2048);
+  EXPECT_GT(CudaMinTokens(32, 128), 1024);
+  EXPECT_EQ(CudaMinTokens(0, 0), 0);
+}
+
+TEST(CrossoverTest, AnIndexPaysWhereItsPairsTakeLessTime) {
+  PairCounts index, dense;
+  dense.multiplied = 1000000;
+  index.multiplied = static_cast<int64_t>(1000000 / kCpuPairCost) - 1;
+  EXPECT_TRUE(IndexPaysOnCpu(index, dense));
+  index.multiplied = static_cast<int64_t>(1000000 / kCpuPairCost) + 1;
+  EXPECT_FALSE(IndexPaysOnCpu(index, dense));
+  index.multiplied = 2000000;
+  EXPECT_FALSE(IndexPaysOnCpu(index, dense));
+}
+
+TEST(PresetsTest, SetWhatTheRequestLeavesOpen) {
+  for (const PresetEntry& preset : kPresets) {
+    std::string method;
+    std::map<std::string, double> parameters = {{"sink_tokens", 3}};
+    ASSERT_TRUE(ResolvePreset(preset.name, &method, &parameters).ok());
+    EXPECT_EQ(method, "vsprefill");
+    EXPECT_THAT(parameters,
+                testing::UnorderedElementsAre(testing::Pair("sink_tokens", 3),
+                                              testing::Pair("threshold", preset.threshold)));
+    parameters["threshold"] = 9;
+    ASSERT_TRUE(ResolvePreset(preset.name, &method, &parameters).ok());
+    EXPECT_EQ(parameters["threshold"], 9);
+  }
+}
+
+TEST(PresetsTest, AreOrderedAndBalancedIsTheDefault) {
+  for (size_t i = 1; i < std::size(kPresets); ++i) {
+    EXPECT_GT(kPresets[i].threshold, kPresets[i - 1].threshold);
+    EXPECT_LT(kPresets[i].density, kPresets[i - 1].density);
+    EXPECT_GT(kPresets[i].loss_mean, kPresets[i - 1].loss_mean);
+    EXPECT_GT(kPresets[i].loss_median, kPresets[i - 1].loss_median);
+  }
+  std::string method;
+  std::map<std::string, double> parameters;
+  ASSERT_TRUE(ResolvePreset("balanced", &method, &parameters).ok());
+  for (const MethodSpec& spec : MethodSpecs()) {
+    if (spec.name != method) continue;
+    for (const ParameterSpec& parameter : spec.parameters) {
+      if (parameters.contains(parameter.name)) {
+        EXPECT_EQ(parameters[parameter.name], parameter.default_value) << parameter.name;
+      }
+    }
+  }
+}
+
+TEST(PresetsTest, RefuseOtherNamesAndOtherMethods) {
+  std::string method;
+  std::map<std::string, double> parameters;
+  const absl::Status unknown = ResolvePreset("turbo", &method, &parameters);
+  EXPECT_EQ(unknown.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(unknown.message()),
+              AllOf(HasSubstr("\"turbo\""), HasSubstr("safe, balanced, fast")));
+  method = "minference";
+  const absl::Status other = ResolvePreset("fast", &method, &parameters);
+  EXPECT_EQ(other.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(other.message()),
+              AllOf(HasSubstr("\"minference\""), HasSubstr("\"vsprefill\" or none")));
+  EXPECT_TRUE(parameters.empty());
+  method = "vsprefill";
+  EXPECT_TRUE(ResolvePreset("fast", &method, &parameters).ok());
 }
 
 TEST_P(AttentionMethodTest, KernelErrorsNameTheOperation) {

@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "client/cli/args.h"
 #include "client/cli/commands.h"
 #include "client/cli/exit_code.h"
@@ -189,8 +190,9 @@ class CliTest : public ::testing::Test {
 
 TEST_F(CliTest, PrefillJsonHasEveryField) {
   FakePrefillServer server({});
-  const CliRun r = Cli(Prefill(server, {"--json", "--method", "vsprefill", "--set", "threshold=3",
-                                        "--request_id", "me", "--attempt=4", "--stripes=2"}));
+  const CliRun r = Cli(
+      Prefill(server, {"--json", "--method", "vsprefill", "--set", "threshold=3", "--request_id",
+                       "me", "--attempt=4", "--stripes=2", "--preset", "fast"}));
   ASSERT_EQ(r.code, kExitOk) << r.err;
   EXPECT_EQ(r.err, "");
   const nlohmann::json j = nlohmann::json::parse(r.out);
@@ -212,6 +214,16 @@ TEST_F(CliTest, PrefillJsonHasEveryField) {
   EXPECT_EQ(j["layout"]["kv_id"], "fake-kv-id");
   EXPECT_EQ(server.last_request().request_id(), "me");
   EXPECT_EQ(server.last_request().attempt(), 4u);
+  EXPECT_EQ(server.last_request().method().preset(), "fast");
+}
+
+TEST_F(CliTest, HelpSaysWhatPresetsCost) {
+  const std::string help = Cli({"prefill", "--help"}).out;
+  EXPECT_THAT(help, HasSubstr("--preset NAME"));
+  for (const char* name : {"safe (density 0.", "balanced (density 0.", "fast (density 0."}) {
+    EXPECT_THAT(absl::StrJoin(absl::StrSplit(help, absl::ByAnyChar(" \n"), absl::SkipEmpty()), " "),
+                HasSubstr(name));
+  }
 }
 
 TEST_F(CliTest, PrefillTextNamesTheFigures) {
@@ -379,8 +391,16 @@ TEST_F(CliTest, InfoAndLoad) {
       nlohmann::json::parse(Cli({"info", "--server", server.address(), "--json"}).out);
   EXPECT_EQ(info["layout"]["kv_id"], "fake-kv-id");
   EXPECT_EQ(info["methods"][0]["parameters"][0]["name"], "threshold");
+  EXPECT_EQ(info["presets"],
+            nlohmann::json::parse(R"([{"name": "safe", "method": "vsprefill", "density": 0.25,
+                                       "parameters": {"threshold": 1.5}, "measured_on": "a model",
+                                       "perplexity_change_mean": 0.0625,
+                                       "perplexity_change_median": 0.03125}])"));
   const CliRun text = Cli({"info", "--server", server.address()});
   EXPECT_THAT(text.out, HasSubstr("vsprefill (default): vertical-slash"));
+  EXPECT_THAT(text.out, HasSubstr("safe: vsprefill (threshold=1.5), density 0.250, perplexity "
+                                  "+6.2 % (median text +3.1 %)"));
+  EXPECT_THAT(text.out, HasSubstr("measured on a model"));
   EXPECT_THAT(text.out, HasSubstr("threshold = 2.5, in [0, 100]: mass per cost"));
   const nlohmann::json load =
       nlohmann::json::parse(Cli({"load", "--server", server.address(), "--json"}).out);

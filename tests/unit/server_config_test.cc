@@ -25,6 +25,25 @@ TEST(ServerConfigTest, TakesBothFormsOfFlags) {
   EXPECT_EQ(config->chunk_tokens, 512);
 }
 
+TEST(ServerConfigTest, APresetSetsWhatSetLeavesOpen) {
+  const auto fast =
+      config::ParseServerConfig({"--model", "m", "--set", "sink_tokens=4", "--preset", "fast"});
+  ASSERT_TRUE(fast.ok()) << fast.status();
+  EXPECT_EQ(fast->method, "vsprefill");
+  EXPECT_EQ(fast->method_parameters,
+            (std::map<std::string, double>{{"sink_tokens", 4}, {"threshold", 3.6}}));
+  const auto own =
+      config::ParseServerConfig({"--model", "m", "--preset=fast", "--set", "threshold=5"});
+  EXPECT_EQ(own->method_parameters.at("threshold"), 5);
+  const auto other =
+      config::ParseServerConfig({"--model", "m", "--preset", "fast", "--method", "dense"});
+  EXPECT_TRUE(absl::StrContains(other.status().message(), "--preset: ")) << other.status();
+  EXPECT_TRUE(absl::StrContains(other.status().message(), "\"vsprefill\" or none"));
+  const auto unknown = config::ParseServerConfig({"--model", "m", "--preset", "turbo"});
+  EXPECT_TRUE(absl::StrContains(unknown.status().message(), "safe, balanced, fast"));
+  EXPECT_TRUE(absl::StrContains(config::ServerUsage(), "safe: density 0.22, perplexity +6.9 %"));
+}
+
 TEST(ServerConfigTest, Bytes) {
   EXPECT_EQ(*config::ParseBytes("17"), 17);
   EXPECT_EQ(*config::ParseBytes("2KiB"), 2048);

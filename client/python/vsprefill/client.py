@@ -169,10 +169,11 @@ class PrefillClient(ClientState):
         """Starts one try of a prefill and returns a PrefillStream. Nothing is sent again.
 
         token_ids or text: the prompt. request_id: default random; attempt: higher than that of an earlier try with
-        the same id. method, parameters: attention, default the server's. kv_dtype: "bfloat16" or "float32".
-        expected_kv_id: refuse a server with another model or dtype (vsprefill.identity.kv_id). start_token: do not
-        send what the caller has. stripes: connections that share the transfer. want_logits: float32 logits of the
-        last position. timeout: seconds until DeadlineError, for the whole call.
+        the same id. method, parameters: attention, default the server's. preset: "safe", "balanced" or "fast" in place
+        of a method (model_info().presets: what each costs); parameters go before its own. kv_dtype: "bfloat16" or
+        "float32". expected_kv_id: refuse a server with another model or dtype (vsprefill.identity.kv_id). start_token:
+        do not send what the caller has. stripes: connections that share the transfer. want_logits: float32 logits of
+        the last position. timeout: seconds until DeadlineError, for the whole call.
         """
         return self._stream(self._request(token_ids, arguments), timeout, None)
 

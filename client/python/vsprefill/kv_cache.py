@@ -81,11 +81,13 @@ class Stats:
     cost_ratio: float
     layer_group_density: tuple[float, ...]
     kv_bytes: int
+    dense_fallback_layers: int = 0  # dense, at least in part, because their index would have been slower
 
     @classmethod
     def from_proto(cls, p: prefill_pb2.PrefillStats) -> Stats:
         return cls(p.queue_seconds, p.compute_seconds, p.ttft_seconds, p.exposed_transfer_seconds,
-                   p.index_seconds, p.density, p.cost_ratio, tuple(p.layer_group_density), p.kv_bytes)
+                   p.index_seconds, p.density, p.cost_ratio, tuple(p.layer_group_density), p.kv_bytes,
+                   p.dense_fallback_layers)
 
 
 def bfloat16_to_float32(bits: Array) -> npt.NDArray[np.float32]:

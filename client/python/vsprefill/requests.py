@@ -43,8 +43,8 @@ def load_tokenizer(tokenizer: Any) -> Any:
 def make_request(
     tokenizer: Any, token_ids: Iterable[int] | None, *, text: str | None = None, request_id: str | None = None,
     attempt: int = 0, method: str | None = None, parameters: Mapping[str, float] | None = None,
-    kv_dtype: str | None = None, expected_kv_id: str = "", start_token: int = 0, stripes: int = 1,
-    want_logits: bool = False, push_targets: Sequence[str] = (),
+    preset: str | None = None, kv_dtype: str | None = None, expected_kv_id: str = "", start_token: int = 0,
+    stripes: int = 1, want_logits: bool = False, push_targets: Sequence[str] = (),
 ) -> prefill_pb2.PrefillRequest:
     """The message of a prefill; PrefillClient.stream explains the arguments. Raises ValueError for wrong ones."""
     if (token_ids is None) == (text is None):
@@ -63,7 +63,7 @@ def make_request(
     return prefill_pb2.PrefillRequest(
         request_id=uuid.uuid4().hex if request_id is None else request_id, attempt=attempt,
         token_ids=[int(i) for i in token_ids],
-        method=options_pb2.AttentionMethod(name=method or "", parameters=parameters or {}),
+        method=options_pb2.AttentionMethod(name=method or "", parameters=parameters or {}, preset=preset or ""),
         kv_dtype=_KV_DTYPES[kv_dtype], expected_kv_id=expected_kv_id, start_token=start_token, stripes=stripes,
         want_logits=want_logits, push_targets=push_targets)
 

@@ -9,6 +9,10 @@ from typing import Any
 from ..channels import TlsOptions
 
 
+# Presets that every server knows (PresetInfo); what each sets and costs is the server's to say.
+SERVER_PRESETS = ("safe", "balanced", "fast")
+
+
 class ConfigError(ValueError):
     """A setting that cannot be used; the message holds its name, its value and what is allowed."""
 
@@ -39,10 +43,13 @@ def _known(what: str, given: Mapping[str, Any], allowed: set[str]) -> None:
 
 @dataclass(frozen=True)
 class Attention:
-    """A method and its parameters. "" is the server's default."""
+    """A method and its parameters, or one of SERVER_PRESETS with parameters that go before its own. "" is the
+    server's default.
+    """
 
     method: str = ""
     parameters: Mapping[str, float] = field(default_factory=dict)
+    preset: str = ""
 
     @property
     def exact(self) -> bool:
@@ -52,21 +59,28 @@ class Attention:
     @property
     def salt(self) -> str:
         """Names the KV that it makes, so that a prefix cache keeps it apart."""
-        return "vsprefill:" + ",".join([self.method or "default", *(f"{k}={v:g}" for k, v in
+        name = self.method or (f"preset {self.preset}" if self.preset else "default")
+        return "vsprefill:" + ",".join([name, *(f"{k}={v:g}" for k, v in
                                                                     sorted(self.parameters.items()))])
 
     @classmethod
     def parse(cls, what: str, given: Any) -> Attention:
-        """From {"method": ..., "parameters": {...}}, both optional."""
+        """From {"method": ..., "parameters": {...}} or {"preset": ..., "parameters": {...}}, all optional."""
         if not isinstance(given, Mapping):
             raise ConfigError(f"{what} {given!r} is not an object with method and parameters")
-        _known(what, given, {"method", "parameters"})
+        _known(what, given, {"method", "parameters", "preset"})
+        preset = _text(f"{what}: preset", given.get("preset", ""))
+        if preset and preset not in SERVER_PRESETS:
+            raise ConfigError(f"{what}: preset {preset!r} is not one of {', '.join(SERVER_PRESETS)}")
+        if preset and given.get("method"):
+            raise ConfigError(f"{what}: give either preset or method, not both")
         parameters = given.get("parameters", {})
         if not isinstance(parameters, Mapping):
             raise ConfigError(f"{what}: parameters {parameters!r} is not an object of numbers")
         limit = 1e300
         return cls(_text(f"{what}: method", given.get("method", "")),
-                   {_text("parameter", k): _number(f"{what}: {k}", v, -limit, limit) for k, v in parameters.items()})
+                   {_text("parameter", k): _number(f"{what}: {k}", v, -limit, limit) for k, v in parameters.items()},
+                   preset)
 
 
 @dataclass(frozen=True)
@@ -84,15 +98,15 @@ class ConnectorConfig:
     """The engine's settings (vLLM: kv_connector_extra_config); the fields' names are the keys.
 
     endpoints: HOST:PORT of prefill servers. attention: default method and parameters. presets: named ones for
-    requests. deadline_seconds: for a load, from its start to its last byte. min_prompt_tokens: fewer uncached
-    tokens are computed here. default_on: False loads only for requests that ask for it. stripes: connections per
-    load. max_loads: at once, further ones wait. max_attempts: tries per load, over the endpoints in turn.
-    poll_seconds: how often servers are asked for their load. breaker_failures, breaker_seconds: failed loads in a
-    row that take an endpoint out, and for how long. kv_id: identity of the model where it cannot be computed from
-    the model's files. layout: name of the cache's layout where its shape leaves a choice. tls: root_certificates,
-    certificate_chain, private_key (paths), server_name. unpin_io: let I/O threads leave the core that the engine
-    pins its worker to, for all that the worker's parent process may use. idle_wait_seconds: a step that computes
-    nothing waits so long for a load to end; more spares CPU, but a new request may wait as long.
+    requests, beside the servers' own. deadline_seconds: for a load, from its start to its last byte.
+    min_prompt_tokens: fewer uncached tokens are computed here. default_on: False loads only for requests that ask for
+    it. stripes: connections per load. max_loads: at once, further ones wait. max_attempts: tries per load, over the
+    endpoints in turn. poll_seconds: how often servers are asked for their load. breaker_failures, breaker_seconds:
+    failed loads in a row that take an endpoint out, and for how long. kv_id: identity of the model where it cannot be
+    computed from the model's files. layout: name of the cache's layout where its shape leaves a choice. tls:
+    root_certificates, certificate_chain, private_key (paths), server_name. unpin_io: let I/O threads leave the core
+    that the engine pins its worker to, for all that the worker's parent process may use. idle_wait_seconds: a step
+    that computes nothing waits so long for a load to end; more spares CPU, but a new request may wait as long.
     """
 
     endpoints: tuple[str, ...]
@@ -185,9 +199,11 @@ class ConnectorConfig:
         if "preset" in params:
             if "method" in params or "parameters" in params:
                 raise ConfigError("give either preset or method and parameters, not both")
-            if _text("preset", params["preset"]) not in self.presets:
-                raise ConfigError(f"preset {params['preset']!r} is not one of {', '.join(sorted(self.presets))}")
-            attention = self.presets[params["preset"]]
+            name = _text("preset", params["preset"])
+            if name not in {*self.presets, *SERVER_PRESETS}:
+                known = ", ".join(sorted({*self.presets, *SERVER_PRESETS}))
+                raise ConfigError(f"preset {name!r} is not one of {known}")
+            attention = self.presets.get(name) or Attention(preset=name)
         elif "method" in params or "parameters" in params:
             given = {k: params[k] for k in ("method", "parameters") if k in params}
             attention = Attention.parse("vsprefill", {"method": self.attention.method, **given})

@@ -45,6 +45,7 @@ class LoadSpec:
     parameters: Mapping[str, float]
     deadline_seconds: float
     expected_kv_id: str
+    preset: str = ""
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,8 @@ class Loader:
 
         stream = self._client(endpoint).stream_into(
             make, spec.token_ids, timeout=left, request_id=prefill_id, attempt=attempt, method=spec.method,
-            parameters=spec.parameters, expected_kv_id=spec.expected_kv_id, start_token=spec.start_token)
+            parameters=spec.parameters, preset=spec.preset, expected_kv_id=spec.expected_kv_id,
+            start_token=spec.start_token)
         try:
             return load.run(stream)
         finally:

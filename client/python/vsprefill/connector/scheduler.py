@@ -101,7 +101,7 @@ class SchedulerHalf:
             request_id=request.request_id, token_ids=tuple(request.prompt_token_ids[:end]), start_token=plan.computed,
             block_ids=tuple(block_ids), endpoints=tuple(endpoints), method=options.attention.method,
             parameters=dict(options.attention.parameters), deadline_seconds=options.deadline_seconds,
-            expected_kv_id=self._kv_id)
+            expected_kv_id=self._kv_id, preset=options.attention.preset)
         plan.local = ("", "")
         self._pool.begin(endpoints[0], end)
         self._loading[request.request_id] = plan
