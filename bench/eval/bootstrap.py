@@ -1,5 +1,7 @@
 """Paired bootstrap over samples (texts, prompts): resamples whole samples, so that what methods share cancels out."""
 
+import functools
+
 import numpy as np
 
 RESAMPLES = 4000
@@ -11,6 +13,11 @@ def draws(groups, resamples=RESAMPLES, seed=SEED):
 
     groups: the group of each sample, in order.
     """
+    return _draws(tuple(np.asarray(groups).tolist()), resamples, seed)
+
+
+@functools.lru_cache(maxsize=16)  # the same samples are asked about again and again
+def _draws(groups, resamples, seed):
     rng = np.random.default_rng(seed)
     groups = np.asarray(groups)
     drawn = np.empty((resamples, len(groups)), dtype=np.int64)

@@ -50,13 +50,17 @@ class Preset:
     task_densities: list
     calibrations: int       # prompts per task that the knobs are set on
     probes: int             # prompts per task and length that dense is tried on
+    tolerance: float        # of a reached density, relative
+    max_measurements: int   # that a knob's setting may take
 
 
 PRESETS = {
-    "quick": Preset(2048, [0.2, 0.3], 1, 32, 16, 1, ["single", "multikey", "facts"], [1024], 3, [0.3], 1, 3),
+    "quick": Preset(2048, [0.2, 0.3], 1, 32, 16, 1, ["single", "multikey", "facts"], [1024], 3, [0.3], 1, 3,
+                    0.04, 3),
     "default": Preset(4096, ALL_DENSITIES, 1, 64, 8, 1, ["single", "question_first", "multikey", "variables", "facts"],
-                      [2048, 1024], 8, [0.1, 0.2], 1, 4),
-    "full": Preset(8192, ALL_DENSITIES, 12, 256, 4, 3, list(tasks.TASKS), [8192, 4096, 2048], 40, ALL_DENSITIES, 3, 12),
+                      [2048, 1024], 8, [0.1, 0.2], 1, 4, 0.02, 5),
+    "full": Preset(8192, ALL_DENSITIES, 12, 256, 4, 3, list(tasks.TASKS), [8192, 4096, 2048], 40, ALL_DENSITIES, 3, 12,
+                   0.01, 8),
 }
 
 
@@ -171,7 +175,8 @@ def prepare(args, preset, out):
     methods = json.loads((Path(__file__).parent / "methods.json").read_text(encoding="utf-8"))
     if args.methods is not None:
         methods = [method for method in methods if method["name"] in args.methods]
-    plan = {"methods": methods, "densities": preset.densities, "rows": preset.rows, "kl_stride": preset.kl_stride}
+    plan = {"methods": methods, "densities": preset.densities, "rows": preset.rows, "kl_stride": preset.kl_stride,
+            "tolerance": preset.tolerance, "max_measurements": preset.max_measurements}
     (out / "plan.json").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
     (out / "plan.dense.json").write_text(json.dumps(plan | {"methods": []}) + "\n", encoding="utf-8")
     (out / "facts.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")

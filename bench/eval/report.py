@@ -336,6 +336,7 @@ def markdown(data, summary):
             if rows:
                 out += [f"Scores at {100 * wanted:.0f} %:", ""]
                 out += table(["method", *task["counted"], "density"], rows)
+    out += text_table(data, summary)
     out += ["## Cost", "", "Seconds per text: selection (indexer included) and the whole attention operation of all "
             "layers, alone; and the prefill of the whole model. Dense: operation "
             f"{number(summary['dense']['op_seconds'])}, prefill {number(summary['dense']['prefill_seconds'])}.", ""]
@@ -351,6 +352,22 @@ def markdown(data, summary):
                                     [[g["goal"], f"{100 * g['density']:.0f} %", g["met"], g["evidence"]]
                                      for g in summary["goals"]])
     return "\n".join(out)
+
+
+def text_table(data, summary):
+    """Each text's increase of the perplexity at the density nearest to 15 %."""
+    texts = [row for row in summary["by_text"] if row["at"]]
+    if not texts:
+        return []
+    wanted = min(data.densities, key=lambda d: abs(d - 0.15))
+    methods = [m for m in data.methods if any(m in row["at"].get(str(wanted), {}) for row in texts)]
+    rows = []
+    for row in texts:
+        at = row["at"].get(str(wanted), {})
+        rows.append([row["text"].removeprefix("text/"), f"{math.exp(row['dense_nll']):.2f}"]
+                    + [f"{100 * math.expm1(at[m][1]):+.1f} %" if m in at else "–" for m in methods])
+    return [f"## Texts, increase of the perplexity at {100 * wanted:.0f} %", ""] + table(
+        ["text", "dense", *methods], rows)
 
 
 def number(value, digits=4):
@@ -373,6 +390,20 @@ def by_kind(data):
     return rows
 
 
+def by_text(data):
+    """Per text: dense log-perplexity, and per density and method KL and increase of the log-perplexity."""
+    rows = []
+    for item in data.texts:
+        row = {"text": item, "kind": data.facts["texts"][item]["kind"],
+               "dense_nll": data.dense[item].get("logits", {}).get("nll"), "at": {}}
+        for (method, wanted), lines in data.lines.items():
+            if item in lines and "logits" in lines[item]:
+                row["at"].setdefault(str(wanted), {})[method] = [data.value("kl", lines[item]),
+                                                                 data.value("nll_increase", lines[item])]
+        rows.append(row)
+    return rows
+
+
 def by_layer(data):
     """{method: {wanted: {measure: [layers]}}}, means over texts."""
     found = {}
@@ -385,6 +416,15 @@ def by_layer(data):
     return found
 
 
+def rounded(value):
+    """Numbers to five significant digits: more is noise."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def write(folder, decode):
     """Reads DIR/results.*.jsonl (complete or not); writes report.json, report.md and *.png beside it."""
     folder = Path(folder)
@@ -395,8 +435,8 @@ def write(folder, decode):
     summary = {"facts": {key: value for key, value in data.facts.items() if key not in ("texts", "samples")},
                "device": data.device, "texts": len(data.texts), "prompts": len(data.prompts), "text": text,
                "tasks": task, "costs": costs, "dense": dense_costs(data), "goals": goals(data, text, task, costs),
-               "by_kind": by_kind(data), "by_layer": by_layer(data)}
-    (folder / "report.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+               "by_kind": by_kind(data), "by_text": by_text(data), "by_layer": by_layer(data)}
+    (folder / "report.json").write_text(json.dumps(rounded(summary), separators=(",", ":")) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(markdown(data, summary), encoding="utf-8")
     import plots
     plots.draw(summary, folder)

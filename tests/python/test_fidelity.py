@@ -190,7 +190,7 @@ def test_tiny_model_end_to_end(tiny, fixtures_dir):
 def test_dense_as_a_method_loses_nothing(tiny, fixtures_dir, tmp_path):
     plan = {"methods": [{"name": "all", "method": "streaming_llm", "settings": [
         {"parameters": {"sink_tokens": 4}, "knob": {"sets": {"window_tokens": 1}, "sparse": 100, "dense": 400}}]}],
-        "densities": [1.0], "rows": 40, "kl_stride": 1}
+        "densities": [1.0], "rows": 40, "kl_stride": 1, "tolerance": 0}
     (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     items = (tiny / "items.jsonl").read_text(encoding="utf-8").splitlines()[0]
     (tmp_path / "items.jsonl").write_text(items + "\n", encoding="utf-8")

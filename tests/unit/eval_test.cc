@@ -114,6 +114,7 @@ struct BandIndex {
 bool Reads(const AttentionShape& shape, const AttentionSequence& s, int group, int64_t i,
            int64_t c) {
   if (c > i) return false;
+  if (s.dense()) return true;
   const int groups = kernels::IndexGroups(shape, s);
   const int64_t positions = kernels::RowTilePositions(shape.num_q_heads / groups);
   const int64_t tile = i / positions;
