@@ -31,7 +31,7 @@ CALIBRATION_SEED = 1000  # task seeds from here on are for calibration, below fo
 
 # Prompt lengths (answer included) per task, longest first: a task is asked at the longest one at which dense attention
 # scores at least PROBE_LEAST, and left out where there is none.
-PROBE_LEAST = 0.4
+PROBE_LEAST = 0.3
 PROBE_SEED = 2000
 ALL_DENSITIES = [0.05, 0.10, 0.15, 0.20, 0.30]
 

@@ -12,6 +12,9 @@ OURS = "vsprefill"
 DENSE_LEAST = 0.2  # dense score from which a task counts for retention
 # Reached densities may differ from the wanted one by this share before it is said.
 DENSITY_SLACK = 0.03
+# A method whose least density is this many times the wanted one cannot reach it, and is not compared there.
+OUT_OF_REACH = 1.2
+LEAST_SAMPLES = 5  # below, an interval says nothing
 
 # Measure -> (words, format, whether more is better, where in a result it stands).
 TEXT_MEASURES = {
@@ -101,6 +104,13 @@ class Data:
         return {item: line["score"] for item, line in self.lines.get((method, wanted), {}).items() if "score" in line}
 
 
+def difference_interval(a, b, groups=None):
+    """bootstrap.difference_interval; without bounds where there are too few samples."""
+    if len(a) < LEAST_SAMPLES:
+        return -math.inf, math.inf
+    return bootstrap.difference_interval(a, b, groups)
+
+
 def text_rows(data):
     """Per measure, density and method: mean, interval, difference from VSPrefill with its paired interval."""
     rows = []
@@ -119,7 +129,7 @@ def text_rows(data):
                 if method != OURS and both:
                     a, b = [theirs[i] for i in both], [ours[i] for i in both]
                     row["difference"] = float(np.mean(a) - np.mean(b))
-                    row["difference_interval"] = bootstrap.difference_interval(a, b)
+                    row["difference_interval"] = difference_interval(a, b)
                 rows.append(row)
     return rows
 
@@ -152,7 +162,7 @@ def task_rows(data):
             both = [i for i in items if i in ours]
             if method != OURS and both:
                 row["score_difference"] = float(np.mean([scored[i] - ours[i] for i in both]))
-                row["score_difference_interval"] = bootstrap.difference_interval(
+                row["score_difference_interval"] = difference_interval(
                     [scored[i] for i in both], [ours[i] for i in both],
                     [data.facts["samples"][i]["task"] for i in both])
             densities = [data.lines[method, wanted][i]["density"] for i in items]
@@ -209,6 +219,8 @@ def goals(data, text, task, costs):
     by = {(r["measure"], r["wanted"], r["method"]): r for r in text}
 
     def against_all(words, wanted, rows, better, difference):
+        beyond = [m for m in rows if (reached.get((m, wanted)) or 0) > OUT_OF_REACH * wanted]
+        rows = {m: row for m, row in rows.items() if m not in beyond}
         stands = {method: verdict(row, better) for method, row in rows.items()}
         if not stands:
             return
@@ -230,6 +242,8 @@ def goals(data, text, task, costs):
                abs(reached[m, wanted] / wanted - 1) > DENSITY_SLACK]
         if off:
             evidence += "; other density: " + ", ".join(f"{m} {reached[m, wanted]:.3f}" for m in off)
+        if beyond:
+            evidence += "; cannot reach it: " + ", ".join(f"{m} ({reached[m, wanted]:.3f})" for m in beyond)
         found.append({"goal": words, "density": wanted, "met": met, "evidence": evidence})
 
     for wanted in data.densities:
