@@ -55,10 +55,11 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(2048, [0.2, 0.3], 1, 32, 16, 1, ["single", "multikey", "facts"], [1024], 3, [0.3], 1, 3,
+    "quick": Preset(2048, [0.2, 0.3], 1, 32, 16, 1, ["single", "question_first", "multikey"], [1024], 3, [0.3], 1, 3,
                     0.04, 3),
-    "default": Preset(4096, ALL_DENSITIES, 1, 64, 8, 1, ["single", "question_first", "multikey", "variables", "facts"],
-                      [2048, 1024], 8, [0.1, 0.2], 1, 4, 0.02, 5),
+    "default": Preset(4096, ALL_DENSITIES, 1, 64, 8, 1,
+                      ["single", "question_first", "multikey", "multivalue", "variables"], [2048, 1024], 8, [0.1, 0.2],
+                      1, 4, 0.02, 5),
     "full": Preset(8192, ALL_DENSITIES, 12, 256, 4, 3, list(tasks.TASKS), [8192, 4096, 2048], 40, ALL_DENSITIES, 3, 12,
                    0.01, 8),
 }
