@@ -43,7 +43,7 @@ class Preset:
     texts_per_kind: int
     rows: int               # query rows per text whose attention mass is looked at
     kl_stride: int
-    timed_per_kind: int     # texts that are also timed
+    timed: int              # texts that are also timed: the first ones
     tasks: list
     task_lengths: list
     task_samples: int
@@ -55,12 +55,12 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(2048, [0.2, 0.3], 1, 32, 16, 1, ["single", "question_first", "multikey"], [1024], 3, [0.3], 1, 3,
+    "quick": Preset(2048, [0.2, 0.3], 1, 32, 16, 1, ["single", "question_first", "multikey"], [1024], 2, [0.3], 1, 2,
                     0.04, 3),
     "default": Preset(4096, ALL_DENSITIES, 1, 64, 8, 1,
                       ["single", "question_first", "multikey", "multivalue", "variables"], [2048, 1024], 8, [0.1, 0.2],
                       1, 4, 0.02, 5),
-    "full": Preset(8192, ALL_DENSITIES, 12, 256, 4, 3, list(tasks.TASKS), [8192, 4096, 2048], 40, ALL_DENSITIES, 3, 12,
+    "full": Preset(8192, ALL_DENSITIES, 12, 256, 4, 10, list(tasks.TASKS), [8192, 4096, 2048], 40, ALL_DENSITIES, 3, 12,
                    0.01, 8),
 }
 
@@ -130,9 +130,11 @@ def text_items(args, preset, encoder):
         documents = texts.joined(documents, encoder.encode, preset.text_tokens)
     for kind, name, ids in texts.windows(documents, encoder.encode, preset.text_tokens, preset.texts_per_kind):
         rank = ranks[kind] = ranks.get(kind, 0) + 1
-        items.append({"id": f"text/{name}", "kind": "text", "ids": ids, "timed": rank <= preset.timed_per_kind})
+        items.append({"id": f"text/{name}", "kind": "text", "ids": ids})
         facts[f"text/{name}"] = {"kind": kind, "tokens": len(ids), "rank": rank}
     items.sort(key=lambda item: facts[item["id"]]["rank"])
+    for item in items[:preset.timed]:
+        item["timed"] = True
     return items, facts
 
 

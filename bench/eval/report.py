@@ -87,11 +87,11 @@ class Data:
                     found[item] = value
         return found
 
-    def mean_of(self, method, wanted, *path):
-        """Mean over texts of something in their lines; None where nothing has it."""
+    def mean_of(self, method, wanted, *path, timed=False):
+        """Mean over texts (timed: over those that were) of something in their lines; None where nothing has it."""
         found = []
         for item, line in self.lines.get((method, wanted), {}).items():
-            if item not in self.facts["texts"]:
+            if item not in self.facts["texts"] or (timed and "op_seconds" not in line):
                 continue
             for key in path:
                 line = line.get(key) if isinstance(line, dict) else None
@@ -187,13 +187,13 @@ def cost_rows(data):
                          "served_density": data.mean_of(method, wanted, "logits", "density"),
                          "select_seconds": data.mean_of(method, wanted, "select_seconds"),
                          "op_seconds": data.mean_of(method, wanted, "op_seconds"),
-                         "prefill_seconds": data.mean_of(method, wanted, "logits", "seconds")})
+                         "prefill_seconds": data.mean_of(method, wanted, "logits", "seconds", timed=True)})
     return rows
 
 
 def dense_costs(data):
     def mean(read):
-        found = [read(data.dense[item]) for item in data.texts]
+        found = [read(data.dense[item]) for item in data.texts if "op_seconds" in data.dense[item]]
         found = [value for value in found if value is not None]
         return float(np.mean(found)) if found else None
     return {"op_seconds": mean(lambda line: line.get("op_seconds")),
