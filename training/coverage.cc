@@ -83,6 +83,17 @@ torch::Tensor TileColumnMass(const TileSet& tiles, const torch::Tensor& queries,
   return torch::cat(heads) / rows.position.size(0);
 }
 
+torch::Tensor RowAttention(const torch::Tensor& queries, const torch::Tensor& keys,
+                           const torch::Tensor& rows, double scale) {
+  const int64_t groups = keys.size(0), group_size = queries.size(1) / groups;
+  std::vector<torch::Tensor> heads;
+  for (int64_t g = 0; g < groups; ++g) {
+    heads.push_back(
+        CausalSoftmax(GroupQueries(queries, g, group_size, rows), keys[g], rows, scale));
+  }
+  return torch::cat(heads);
+}
+
 torch::Tensor SumsOfLastRows(const torch::Tensor& queries, const torch::Tensor& keys, double scale,
                              int64_t rows) {
   const int64_t groups = keys.size(0), tokens = keys.size(1), group_size = queries.size(1) / groups;

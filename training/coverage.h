@@ -5,7 +5,7 @@
 // everything, for every method alike.
 #pragma once
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <cstdint>
 #include <vector>
@@ -32,6 +32,11 @@ TileSet MakeTiles(int64_t tokens, int row_tile, int64_t max_tiles, torch::Device
 /// num_q_heads, head_dim], keys [groups, tokens, head_dim].
 torch::Tensor TileColumnMass(const TileSet& tiles, const torch::Tensor& queries,
                              const torch::Tensor& keys, double scale);
+
+/// True attention of one layer in chosen rows: the causal softmax, float32 [num_q_heads, rows,
+/// tokens]. queries and keys as above, rows int64 positions.
+torch::Tensor RowAttention(const torch::Tensor& queries, const torch::Tensor& keys,
+                           const torch::Tensor& rows, double scale);
 
 /// Columns and diagonals estimated from the attention of the last `rows` rows, in the form of the
 /// teacher's sums: what each column and offset would hold if all rows behaved like these. float32

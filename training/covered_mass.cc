@@ -1,5 +1,7 @@
 #include "training/covered_mass.h"
 
+#include <torch/cuda.h>
+
 #include <cmath>
 #include <vector>
 

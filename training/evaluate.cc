@@ -1,5 +1,7 @@
 #include "training/evaluate.h"
 
+#include <torch/utils.h>
+
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>

@@ -1,8 +1,8 @@
-// Runs the selection kernel for all groups of a layer and turns its index into masks over row
-// tiles, so that its coverage can be measured.
+// Indexes as masks, so that their coverage can be measured: any method's index over chosen rows,
+// and VSPrefill's selection from given logits over row tiles.
 #pragma once
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <cstdint>
 #include <vector>
@@ -14,6 +14,12 @@
 #include "training/coverage.h"
 
 namespace vsprefill::training {
+
+/// Which (row, column) the index of `sequence` reads, bool [index groups, rows, kv_tokens]; what a
+/// row may not see (causal mask) is false. rows: int64 positions on the index's device, in
+/// [kv_tokens - q_tokens, kv_tokens). The index must be complete (the stream synchronised).
+torch::Tensor ReadMask(const kernels::AttentionShape& shape,
+                       const kernels::AttentionSequence& sequence, const torch::Tensor& rows);
 
 class IndexMasker {
  public:

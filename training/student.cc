@@ -1,5 +1,7 @@
 #include "training/student.h"
 
+#include <torch/utils.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>

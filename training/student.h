@@ -2,7 +2,7 @@
 // master weights, KL loss against the teacher's sums. kernels/indexer.h runs what Export writes.
 #pragma once
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <cstdint>
 #include <string>

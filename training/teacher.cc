@@ -1,5 +1,7 @@
 #include "training/teacher.h"
 
+#include <torch/cuda.h>
+
 #include <map>
 #include <utility>
 

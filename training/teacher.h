@@ -3,7 +3,7 @@
 // transformer, through an attention method that watches and then attends densely. Not thread-safe.
 #pragma once
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <cstdint>
 #include <memory>

@@ -1,5 +1,7 @@
 #include "training/threshold_scale.h"
 
+#include <torch/utils.h>
+
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <utility>

@@ -52,7 +52,8 @@ absl::StatusOr<ForwardResult> ForwardPass::Run(absl::Span<const SequenceChunk> b
     if (options.after_layer) VSP_RETURN_IF_ERROR(options.after_layer(layer));
   }
   if (options.logits == LogitsMode::kLast) VSP_RETURN_IF_ERROR(LastLogits(batch, &result));
-  if (options.logits == LogitsMode::kScores) VSP_RETURN_IF_ERROR(AllScores(batch, &result));
+  if (options.logits == LogitsMode::kScores)
+    VSP_RETURN_IF_ERROR(AllScores(batch, options, &result));
   if (model_.backend->device() == kernels::DeviceKind::kCpu) {
     result.linear_seconds = linear_seconds_;
   }
@@ -231,7 +232,8 @@ absl::Status ForwardPass::LastLogits(absl::Span<const SequenceChunk> batch, Forw
   return absl::OkStatus();
 }
 
-absl::Status ForwardPass::AllScores(absl::Span<const SequenceChunk> batch, ForwardResult* result) {
+absl::Status ForwardPass::AllScores(absl::Span<const SequenceChunk> batch,
+                                    const ForwardOptions& options, ForwardResult* result) {
   int64_t sequence_row = 0;
   for (const SequenceChunk& chunk : batch) {
     const int64_t scored = static_cast<int64_t>(chunk.ids.size()) - 1;
@@ -247,6 +249,11 @@ absl::Status ForwardPass::AllScores(absl::Span<const SequenceChunk> batch, Forwa
       VSP_RETURN_IF_ERROR(model_.backend->Score(logits.data(), model_.config->vocab_size, dtype_,
                                                 chunk.ids.subspan(begin + 1, rows.count),
                                                 log_probs.data() + begin, top1.data() + begin));
+      if (options.watch_logits) {
+        // Score has waited for the logits.
+        VSP_RETURN_IF_ERROR(
+            options.watch_logits({result->log_probs.size() - 1, begin, rows.count, logits.data()}));
+      }
     }
     sequence_row += chunk.ids.size();
   }

@@ -58,7 +58,8 @@ class ForwardPass {
   /// layer (none after the last). A block of rows passes through all of it before the next one.
   absl::Status FinishLayer(int layer, RowRange rows);
   absl::Status LastLogits(absl::Span<const SequenceChunk> batch, ForwardResult* result);
-  absl::Status AllScores(absl::Span<const SequenceChunk> batch, ForwardResult* result);
+  absl::Status AllScores(absl::Span<const SequenceChunk> batch, const ForwardOptions& options,
+                         ForwardResult* result);
 
   absl::StatusOr<Activation> Linear(const LinearLayer& layer, const void* x, int64_t rows);
   /// residual[rows] += delta [rows.count, hidden], where not null; normed[rows] =

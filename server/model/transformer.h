@@ -43,6 +43,14 @@ struct SequenceChunk {
 
 enum class LogitsMode { kNone, kLast, kScores };
 
+/// Logits of tokens [first, first + rows) of a chunk: [rows, vocab_size] of the model's dtype in
+/// memory of the device, complete, valid during the call that shows them.
+struct LogitsBlock {
+  size_t sequence = 0;
+  int64_t first = 0, rows = 0;
+  const void* data = nullptr;
+};
+
 struct ForwardOptions {
   attention::AttentionMethod* method = nullptr;
   LogitsMode logits = LogitsMode::kNone;
@@ -55,6 +63,8 @@ struct ForwardOptions {
   /// (CUDA; the caller records an event on stream()). An error ends the forward call with it: this
   /// is where cancellation and deadlines are checked.
   std::function<absl::Status(int layer)> after_layer;
+  /// kScores: shown every block of logits, in order. For measurements; an error ends the call.
+  std::function<absl::Status(const LogitsBlock& block)> watch_logits;
 };
 
 struct ForwardResult {
