@@ -2,7 +2,7 @@
 // 64, every row of blocks normalised. In slabs of rows, so that no n x n matrix is stored.
 #pragma once
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <cstdint>
 

@@ -1,5 +1,8 @@
 #include "training/seer_evaluate.h"
 
+#include <torch/cuda.h>
+#include <torch/utils.h>
+
 #include <cmath>
 #include <utility>
 

@@ -1,5 +1,7 @@
 #include "training/seer_student.h"
 
+#include <torch/utils.h>
+
 #include <cmath>
 #include <cstring>
 #include <limits>

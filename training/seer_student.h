@@ -2,7 +2,7 @@
 // against the block-max attention. kernels/select_seer.h runs what Export writes.
 #pragma once
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <cstdint>
 #include <string>

@@ -117,8 +117,9 @@ int64_t SelectSharedBytes(int gate_dim, int64_t blocks, int64_t words) {
   return 4 * (int64_t{kRows} * gate_dim + kRows * blocks + kRows / 2 * words);
 }
 
+// Four blocks: left to itself, the assembler takes 48 registers and spills one.
 template <int kRows>
-__global__ void __launch_bounds__(kSelectThreads)
+__global__ void __launch_bounds__(kSelectThreads, 4)
     SeerSelectKernel(const __grid_constant__ SeerKernelParams p) {
   extern __shared__ float shared_logits[];
   __shared__ float max_partial[kSelectThreads / 32];
