@@ -1,8 +1,7 @@
 // SeerAttention's selection, the same sets as on the CPU bit for bit. Gate vectors of all key and
 // row blocks first (eight blocks of tokens per block of threads, so that a weight is read once for
 // eight), then a block of threads per few row blocks of a head: logits in shared memory, softmax,
-// and the bits of whole row tiles, which no other block of threads writes. Compiled only so far,
-// not run.
+// and the bits of whole row tiles, which no other block of threads writes.
 #include <cmath>
 
 #include "kernels/cuda/exact_dot.cuh"
