@@ -88,7 +88,7 @@ class Data:
         return found
 
     def mean_of(self, method, wanted, *path, timed=False):
-        """Mean over texts (timed: over those that were) of something in their lines; None where nothing has it."""
+        """Mean over texts (timed: median over those that were) of something in their lines; None where none has it."""
         found = []
         for item, line in self.lines.get((method, wanted), {}).items():
             if item not in self.facts["texts"] or (timed and "op_seconds" not in line):
@@ -97,7 +97,8 @@ class Data:
                 line = line.get(key) if isinstance(line, dict) else None
             if line is not None:
                 found.append(line)
-        return float(np.mean(found)) if found else None
+        # A text's first run may pay for libraries and buffers: times are medians.
+        return float(np.median(found) if timed else np.mean(found)) if found else None
 
     def scored(self, method, wanted):
         """{prompt: score}"""
@@ -185,20 +186,20 @@ def cost_rows(data):
                          "density": data.mean_of(method, wanted, "mass", "density"),
                          "cost_ratio": data.mean_of(method, wanted, "mass", "cost_ratio"),
                          "served_density": data.mean_of(method, wanted, "logits", "density"),
-                         "select_seconds": data.mean_of(method, wanted, "select_seconds"),
-                         "op_seconds": data.mean_of(method, wanted, "op_seconds"),
+                         "select_seconds": data.mean_of(method, wanted, "select_seconds", timed=True),
+                         "op_seconds": data.mean_of(method, wanted, "op_seconds", timed=True),
                          "prefill_seconds": data.mean_of(method, wanted, "logits", "seconds", timed=True)})
     return rows
 
 
 def dense_costs(data):
-    def mean(read):
+    def median(read):
         found = [read(data.dense[item]) for item in data.texts if "op_seconds" in data.dense[item]]
         found = [value for value in found if value is not None]
-        return float(np.mean(found)) if found else None
-    return {"op_seconds": mean(lambda line: line.get("op_seconds")),
-            "prefill_seconds": mean(lambda line: line.get("logits", {}).get("seconds")),
-            "nll": mean(lambda line: line.get("logits", {}).get("nll"))}
+        return float(np.median(found)) if found else None
+    return {"op_seconds": median(lambda line: line.get("op_seconds")),
+            "prefill_seconds": median(lambda line: line.get("logits", {}).get("seconds")),
+            "nll": median(lambda line: line.get("logits", {}).get("nll"))}
 
 
 def verdict(row, better):
@@ -345,14 +346,15 @@ def markdown(data, summary):
                 ""]
         out += table(["method", *wanted_names], rows)
         for wanted in data.densities:
-            rows = [[m] + [f"{by_task[wanted, m]['scores'].get(t, float('nan')):.2f}" for t in task["counted"]]
+            rows = [[m] + [number(by_task[wanted, m]["scores"].get(t), 2) for t in task["counted"]]
                     + [f"{by_task[wanted, m]['density']:.3f}"] for m in data.methods if (wanted, m) in by_task]
+            prompts = max((r["prompts"] for r in task["rows"] if r["wanted"] == wanted), default=0)
             if rows:
-                out += [f"Scores at {100 * wanted:.0f} %:", ""]
+                out += [f"Scores at {100 * wanted:.0f} % ({prompts} prompts):", ""]
                 out += table(["method", *task["counted"], "density"], rows)
     out += text_table(data, summary)
-    out += ["## Cost", "", "Seconds per text: selection (indexer included) and the whole attention operation of all "
-            "layers, alone; and the prefill of the whole model. Dense: operation "
+    out += ["## Cost", "", "Seconds per text, medians: selection (indexer included) and the whole attention operation of "
+            "all layers, alone; and the prefill of the whole model. Dense: operation "
             f"{number(summary['dense']['op_seconds'])}, prefill {number(summary['dense']['prefill_seconds'])}.", ""]
     rows = []
     for c in summary["costs"]:
