@@ -277,7 +277,8 @@ def goals(data, text, task, costs):
             low, high = ours["interval"]
             met = "yes" if ours["retention"] >= 0.9835 else "no"
             found.append({"goal": f"retention at least 98.35 % ({ours['prompts']} prompts)", "density": wanted,
-                          "met": met, "evidence": f"{100 * ours['retention']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"})
+                          "met": met,
+                          "evidence": f"{100 * ours['retention']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"})
     return found
 
 
