@@ -12,12 +12,11 @@ import matplotlib.pyplot as plt
 COLOURS = {"vsprefill": "#c0392b", "oracle": "#2c3e50", "streaming_llm": "#7f8c8d", "flashprefill": "#2980b9",
            "flashprefill_v2": "#16a0a0", "minference": "#8e44ad", "flexprefill": "#d68910", "xattention": "#27ae60",
            "anchor_attention": "#a0522d", "seer_attention": "#e377c2"}
-MARKERS = "os^vD<>Phd*"
+MARKERS = dict(zip(COLOURS, "os^vD<>Phd", strict=True))
 
 
-def style(method, methods):
-    line = {"color": COLOURS.get(method), "marker": MARKERS[methods.index(method) % len(MARKERS)], "markersize": 4,
-            "linewidth": 1.2}
+def style(method):
+    line = {"color": COLOURS.get(method), "marker": MARKERS.get(method, "*"), "markersize": 4, "linewidth": 1.2}
     if method == "vsprefill":
         line |= {"linewidth": 2.4, "zorder": 5}
     if method == "oracle":
@@ -37,7 +36,6 @@ def curves(summary, measure):
 def panel(axes, summary, measure, x_of, label, transform=lambda y: y, log=False):
     """One measure over x_of(method, wanted); intervals as thin bars."""
     found = curves(summary, measure)
-    methods = list(found)
     drawn = False
     for method, points in found.items():
         placed = [(x_of(method, wanted), transform(mean), transform(low), transform(high))
@@ -47,7 +45,7 @@ def panel(axes, summary, measure, x_of, label, transform=lambda y: y, log=False)
         drawn = True
         x, y, low, high = (np.array(column) for column in zip(*placed, strict=True))
         order = np.argsort(x)
-        line = style(method, methods)
+        line = style(method)
         axes.plot(x[order], y[order], label=method, **line)
         axes.vlines(x, low, high, color=line["color"], linewidth=0.7, alpha=0.6)
     axes.set_ylabel(label)
@@ -86,6 +84,8 @@ def draw(summary, folder):
                 if not here:
                     axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
                 drawn |= here
+                if here and "time" in x_label:
+                    axes.set_xscale("log")
                 if r == len(rows) - 1:
                     axes.set_xlabel(x_label)
         handles, labels = all_axes[0][0].get_legend_handles_labels()
@@ -110,6 +110,9 @@ def draw(summary, folder):
 
 def tasks_figure(summary, folder, prefill):
     rows = summary["tasks"]["rows"]
+    # Densities that a cut-off run asked few prompts at would look like bends of the curves.
+    most = max((row["prompts"] for row in rows), default=0)
+    rows = [row for row in rows if 2 * row["prompts"] >= most]
     if not rows:
         return
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -124,12 +127,14 @@ def tasks_figure(summary, folder, prefill):
                 continue
             placed.sort()
             xs, ys, low, high = zip(*placed, strict=True)
-            line = style(method, methods)
+            line = style(method)
             ax.plot(xs, ys, label=method, **line)
             ax.vlines(xs, low, high, color=line["color"], linewidth=0.7, alpha=0.6)
     axes[0].set_xlabel("density on the prompts")
     axes[0].set_ylabel("retention, %")
     axes[1].set_xlabel("prefill time of the texts ÷ dense")
+    if axes[1].lines:
+        axes[1].set_xscale("log")
     for ax in axes:
         ax.axhline(98.35, color="black", linewidth=0.6, linestyle=":")
         ax.grid(alpha=0.3)
@@ -151,7 +156,7 @@ def layers_figure(summary, folder):
         if wanted not in layers[method]:
             continue
         for ax, key in zip(axes, ("mass_by_layer", "error_by_layer", "density_by_layer"), strict=True):
-            line = style(method, methods) | {"markersize": 2.5}
+            line = style(method) | {"markersize": 2.5}
             ax.plot(layers[method][wanted][key], label=method, **line)
     for ax, label in zip(axes, ("mass covered, mean", "relative output error", "density"), strict=True):
         ax.set_xlabel(f"layer (wanted density {float(wanted):.2f})")
