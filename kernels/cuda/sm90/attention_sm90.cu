@@ -99,7 +99,6 @@ struct alignas(1024) Shared {
   uint64_t v_full[C::kStages], v_empty[C::kStages];
   uint64_t q_full[2], q_empty[2];
   uint64_t plan_full[kPlans], plan_empty[kPlans];
-  WorkItem q_work[2];  // whose queries, then whose output
   Plan plans[kPlans];
   alignas(16) int32_t columns[kPlans][kColumns];
 };
@@ -419,7 +418,6 @@ __device__ __forceinline__ void Load(const AttentionBatchSm90& batch, Shared<kHe
       const Slot<2> q(items++);
       WaitEmpty(shared.q_empty, q.index, q.parity);
       const uint32_t full = SharedAddress(&shared.q_full[q.index]);
-      shared.q_work[q.index] = plan.work;
       BarrierArriveExpect(full, rows * kHeadDim * 2);
 #pragma unroll
       for (int slice = 0; slice < C::kSlices; ++slice) {
@@ -624,15 +622,15 @@ __device__ __forceinline__ void Mask(float (&s)[kColumns / 2], const int32_t* co
 struct RowState {
   float max[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};
-};
 
-/// 1 / the whole row's sum, from its threads' parts; 0 for a row that saw no column. Called by a
-/// whole warp.
-__device__ __forceinline__ float Inverse(float sum) {
-  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-  sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-  return sum > 0.0f ? Reciprocal(sum) : 0.0f;
-}
+  /// 1 / the whole row's sum, 0 for a row that saw no column. Called by a whole warp.
+  __device__ __forceinline__ float Inverse(int half) const {
+    float total = sum[half];
+    total += __shfl_xor_sync(0xffffffffu, total, 1);
+    total += __shfl_xor_sync(0xffffffffu, total, 2);
+    return total > 0.0f ? Reciprocal(total) : 0.0f;
+  }
+};
 
 /// Online softmax: s becomes the probabilities relative to the new maximum. What was accumulated
 /// before has to be multiplied by `correction`; returns whether that matters to some row of the
@@ -687,8 +685,8 @@ __device__ __forceinline__ void PackProbabilities(uint32_t (&p)[kColumns / 16][4
 /// address of the warp's first row.
 template <int kHeadDim>
 __device__ __forceinline__ void WriteRows(uint32_t rows_shared, const float (&o)[kHeadDim / 2],
-                                          const float (&sums)[2]) {
-  const float inverse[2] = {Inverse(sums[0]), Inverse(sums[1])};
+                                          const RowState& rows) {
+  const float inverse[2] = {rows.Inverse(0), rows.Inverse(1)};
   // Matrix lane / 8 of each store: rows 8 * (matrix % 2), 16-byte chunk matrix / 2 of two.
   const int lane = threadIdx.x & 31;
   const int row = lane % 16;
@@ -724,10 +722,10 @@ __device__ __forceinline__ void SendRows(const AttentionBatchSm90& batch, const 
 template <int kHeadDim>
 __device__ __forceinline__ void StoreRows(const AttentionBatchSm90& batch, const WorkItem& work,
                                           int row, const float (&o)[kHeadDim / 2],
-                                          const float (&sums)[2]) {
+                                          const RowState& rows) {
   const SequenceParams& sequence = batch.base.sequences[work.sequence];
   const int group_size = batch.base.group_size;
-  const float inverse[2] = {Inverse(sums[0]), Inverse(sums[1])};
+  const float inverse[2] = {rows.Inverse(0), rows.Inverse(1)};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int packed = row + half * 8;
@@ -769,7 +767,9 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
   uint32_t limit[2];
 
   uint32_t items = 0;  // finished ones
-  const auto start_item = [&](const WorkItem& item) {
+  WorkItem item;
+  const auto start_item = [&](const WorkItem& next_item) {
+    item = next_item;
     const SequenceParams& sequence = batch.base.sequences[item.sequence];
     limit[0] = static_cast<uint32_t>(RowPosition(batch, sequence, item.tile, first_row));
     limit[1] = static_cast<uint32_t>(RowPosition(batch, sequence, item.tile, first_row + 8));
@@ -807,15 +807,10 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
       BarrierArrive(SharedAddress(&shared.q_empty[(items - 1) % 2]));
     }
     WaitFull(shared.k_full, next.index, next.parity);
+    const WorkItem next_item = shared.plans[(tile + 1) % kPlans].work;
     const int next_flags = shared.plans[(tile + 1) % kPlans].flags;
     const Slot<2> q(items + (next_flags & kFirst ? 1 : 0));
-    // An item's end waits like any other tile: under the next item's first softmax.
-    const bool ends = (flags & kLast) != 0;
-    const float sums[2] = {rows.sum[0], rows.sum[1]};
-    if (next_flags & kFirst) {
-      WaitFull(shared.q_full, q.index, q.parity);
-      start_item(shared.q_work[q.index]);
-    }
+    if (next_flags & kFirst) WaitFull(shared.q_full, q.index, q.parity);
     NamedBarrierSync(kTurnBarrier + consumer, 2 * kWarpgroup);
     WgmmaFence();
     // After the last item of all these scores mean nothing.
@@ -828,11 +823,32 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
     WgmmaWait<1>();
     PinRegisters(s);
     if ((next_flags & kMasked) == 0) release(shared.k_empty[next.index]);
+    if (flags & kLast) {
+      WgmmaWait<0>();
+      PinRegisters(o);
+      const uint32_t out_shared = SharedAddress(shared.q[items % 2]);
+      const bool send = FirstQuery(batch, item) >= 0;
+      if (send) {
+        WriteRows<kHeadDim>(out_shared + (consumer * 64 + thread / 32 * 16) * 128, o, rows);
+        FenceProxyAsync();
+      } else {
+        StoreRows<kHeadDim>(batch, item, first_row, o, rows);
+      }
+      if (consumer == 0) {
+        NamedBarrierArrive(kOutputBarrier + items % 2, 2 * kWarpgroup);
+      } else {
+        NamedBarrierSync(kOutputBarrier + items % 2, 2 * kWarpgroup);
+        if (send && sender) SendRows<kHeadDim>(batch, item, out_shared);
+      }
+      if (next_item.sequence < 0) break;
+      ++items;
+      start_item(next_item);
+    }
     if (next_flags & kMasked) mask_and_release(tile + 1, next_flags);
     const bool changed = Softmax(s, rows, scale_log2, correction);
     // Never true. The assembler would wait for the product o += p v before the softmax instead of
-    // computing the one under the other; it does not move the wait across a way out.
-    if (rows.sum[0] + rows.sum[1] < 0.0f) return;
+    // computing the one under the other; it does not move the wait across a branch.
+    if (rows.sum[0] + rows.sum[1] < 0.0f) __trap();
     WgmmaWait<0>();
     PinRegisters(o);
     release(shared.v_empty[stage.index]);
@@ -841,25 +857,6 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
       for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= correction[i / 2 % 2];
     }
     PackProbabilities(p, s);
-    if (ends) {
-      const uint32_t out_shared = SharedAddress(shared.q[items % 2]);
-      const WorkItem ended = shared.q_work[items % 2];
-      const bool send = FirstQuery(batch, ended) >= 0;
-      if (send) {
-        WriteRows<kHeadDim>(out_shared + (consumer * 64 + thread / 32 * 16) * 128, o, sums);
-        FenceProxyAsync();
-      } else {
-        StoreRows<kHeadDim>(batch, ended, first_row, o, sums);
-      }
-      if (consumer == 0) {
-        NamedBarrierArrive(kOutputBarrier + items % 2, 2 * kWarpgroup);
-      } else {
-        NamedBarrierSync(kOutputBarrier + items % 2, 2 * kWarpgroup);
-        if (send && sender) SendRows<kHeadDim>(batch, ended, out_shared);
-      }
-      if ((next_flags & kFirst) == 0) break;  // that was the last item
-      ++items;
-    }
     flags = next_flags;
   }
   if (sender) WaitBulk();
