@@ -167,6 +167,7 @@ absl::Status Engine::Compute(Job& job, kv::KvCache& cache, attention::RecallProb
     result.end -=
         stager_.Elapsed(last[num_layers], last[num_layers + 1]).value_or(absl::ZeroDuration());
   }
+  result.index_build += absl::Seconds(job.method().index_statistics().select_seconds);
   result.dense_fallback_layers = job.method().dense_fallback_layers();
   job.PublishResult(std::move(result));
   return absl::OkStatus();
