@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <map>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "gtest/gtest.h"
 #include "kernels/scalar.h"
 #include "server/attention/attention_method.h"
+#include "tests/kernels/seer_test_gate.h"
 
 namespace vsprefill::attention {
 namespace {
@@ -83,6 +85,11 @@ class Scene {
     out_.resize(q_.size());
     logits_.resize(2 * test.tokens * test.kv_heads);
     for (float& x : logits_) x = 2 * normal(rng);
+    kernels::QuerySelectionInput text;
+    text.shape = shape_;
+    text.sequence.kv_tokens = test.tokens;
+    gate_.emplace(text, 32, /*ties=*/false);
+    context_.seer_gate.assign(context_.num_layers, gate_->Input(text).gate);
   }
 
   /// Calls `attend` for each chunk with the probe in place.
@@ -99,6 +106,8 @@ class Scene {
       call.shape = shape_;
       call.sequences = absl::MakeSpan(&sequence, 1);
       call.probe = probe;
+      call.rope_cos = gate_->cos.data();
+      call.rope_sin = gate_->sin.data();
       ASSERT_TRUE((*method)->Attend(call).ok());
       if (sequence.attention.dense()) continue;
       for (const int64_t row : rows) {
@@ -160,6 +169,7 @@ class Scene {
   MethodContext context_;
   std::vector<char> q_, k_, v_, out_;
   std::vector<float> logits_;
+  std::optional<kernels::testing::SeerTestGate> gate_;
 };
 
 /// Rows that a probe of this phase looks at where the bound of its work does not bind.
@@ -212,6 +222,7 @@ std::vector<Case> Cases() {
       {"flexprefill", {{"gamma", 0.5}, {"min_budget", 128}}},
       {"xattention", {{"threshold", 0.4}}},
       {"anchor_attention", {{"theta", 0}, {"step", 2}}},
+      {"seer_attention", {{"threshold", 0.3}, {"last_dense_blocks", 0}}},
   };
   for (size_t i = 4, end = cases.size(); i < end; ++i) {
     Case chunked = cases[i];
