@@ -113,6 +113,8 @@ absl::Status CapturedText::Attend(attention::AttentionMethod& method, bool true_
   call.shape = Shape();
   call.sequences = absl::MakeSpan(&sequence, 1);
   call.stream = lab_.model().stream();
+  call.rope_cos = lab_.rope_cos();
+  call.rope_sin = lab_.rope_sin();
   VSP_RETURN_IF_ERROR(method.Attend(call));
   if (done != nullptr) *done = sequence;
   return absl::OkStatus();

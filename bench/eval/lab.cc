@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "server/base/mapped_file.h"
 #include "server/base/status_macros.h"
+#include "server/model/rope.h"
 #include "training/teacher.h"
 
 namespace vsprefill::eval {
@@ -46,6 +47,14 @@ absl::StatusOr<std::unique_ptr<Lab>> Lab::Create(const model::LoadOptions& optio
                                                    config.num_kv_heads, config.head_dim}));
     VSP_ASSIGN_OR_RETURN(lab->indexer_, model::VsIndexer::Create(weights, options.device));
   }
+  model::RopeTable rope(model.config().rope, model.config().head_dim);
+  rope.Grow(max_tokens);
+  const int64_t bytes = max_tokens * model.config().head_dim / 2 * int64_t{sizeof(float)};
+  for (auto [buffer, table] :
+       {std::pair{&lab->rope_cos_, rope.cos()}, {&lab->rope_sin_, rope.sin()}}) {
+    VSP_ASSIGN_OR_RETURN(*buffer, Buffer::Create(model.allocator(), bytes));
+    VSP_RETURN_IF_ERROR(model.CopyToDevice(table, bytes, buffer->data()));
+  }
   lab->select_only_kernels_ = model.kernels();
   lab->select_only_kernels_.attention = NoAttention;
   lab->select_only_ = model.method_context();
@@ -62,6 +71,8 @@ bool Lab::Has(const MethodPlan& plan, std::string* why_not) {
       *why_not = "it has no kernels for this device";
     } else if (spec.needs_indexer && indexer_ == nullptr) {
       *why_not = "the model has no indexer";
+    } else if (spec.needs_seer_gate && model().method_context().seer_gate.empty()) {
+      *why_not = "the model has no gate";
     }
     return why_not->empty();
   }

@@ -52,6 +52,9 @@ class Lab {
   /// Null where the model has none.
   const model::VsIndexer* indexer() const { return indexer_.get(); }
   int64_t max_tokens() const { return max_tokens_; }
+  /// The model's RoPE tables on the device, for methods that undo the rotation.
+  const float* rope_cos() const { return static_cast<const float*>(rope_cos_.data()); }
+  const float* rope_sin() const { return static_cast<const float*>(rope_sin_.data()); }
 
   /// Whether this binary and model have the method; `why_not` says what is missing.
   bool Has(const MethodPlan& plan, std::string* why_not);
@@ -74,6 +77,7 @@ class Lab {
   std::unique_ptr<training::Teacher> teacher_;
   model::Transformer* model_ = nullptr;  // the teacher's
   std::unique_ptr<model::VsIndexer> indexer_;
+  Buffer rope_cos_, rope_sin_;  // [max_tokens, head_dim / 2]
   kernels::KernelSet select_only_kernels_;
   attention::MethodContext select_only_;
   std::unique_ptr<kv::KvPool> pool_;
