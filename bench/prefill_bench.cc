@@ -18,6 +18,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_split.h"
+#include "bench/load_options.h"
 #include "server/base/json.h"
 #include "server/base/mapped_file.h"
 #include "server/base/status_macros.h"
@@ -204,14 +205,10 @@ absl::StatusOr<std::vector<int64_t>> Numbers(const std::vector<std::string>& tex
 absl::Status Main() {
   VSP_ASSIGN_OR_RETURN(const std::vector<int64_t> lengths, Numbers(absl::GetFlag(FLAGS_lengths)));
   VSP_ASSIGN_OR_RETURN(const std::vector<int64_t> chunks, Numbers(absl::GetFlag(FLAGS_chunks)));
-  model::LoadOptions options;
-  options.model_dir = absl::GetFlag(FLAGS_model);
-  options.indexer_path = absl::GetFlag(FLAGS_indexer);
-  options.device = absl::GetFlag(FLAGS_device) == "cuda" ? kernels::DeviceKind::kCuda
-                                                         : kernels::DeviceKind::kCpu;
-  options.dtype =
-      absl::GetFlag(FLAGS_dtype) == "float32" ? kernels::DType::kF32 : kernels::DType::kBF16;
-  options.cpu_threads = absl::GetFlag(FLAGS_threads);
+  VSP_ASSIGN_OR_RETURN(const model::LoadOptions options,
+                       MakeLoadOptions(absl::GetFlag(FLAGS_model), absl::GetFlag(FLAGS_indexer),
+                                       absl::GetFlag(FLAGS_device), absl::GetFlag(FLAGS_dtype),
+                                       absl::GetFlag(FLAGS_threads)));
   VSP_ASSIGN_OR_RETURN(const std::unique_ptr<model::Transformer> model,
                        model::Transformer::Load(options));
   const int64_t longest = *std::max_element(lengths.begin(), lengths.end());

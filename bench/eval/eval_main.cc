@@ -22,6 +22,7 @@
 #include "bench/eval/plan.h"
 #include "bench/eval/results.h"
 #include "bench/eval/scorer.h"
+#include "bench/load_options.h"
 #include "server/base/status_macros.h"
 
 ABSL_FLAG(std::string, model, "models/SmolLM2-135M-Instruct", "Hugging Face model directory");
@@ -252,14 +253,10 @@ absl::Status Main() {
     const int64_t answer = item.kind == ItemKind::kTask ? item.max_new_tokens : 0;
     longest = std::max(longest, static_cast<int64_t>(item.ids.size()) + answer);
   }
-  model::LoadOptions options;
-  options.model_dir = absl::GetFlag(FLAGS_model);
-  options.indexer_path = absl::GetFlag(FLAGS_indexer);
-  options.device = absl::GetFlag(FLAGS_device) == "cuda" ? kernels::DeviceKind::kCuda
-                                                         : kernels::DeviceKind::kCpu;
-  options.dtype =
-      absl::GetFlag(FLAGS_dtype) == "float32" ? kernels::DType::kF32 : kernels::DType::kBF16;
-  options.cpu_threads = absl::GetFlag(FLAGS_threads);
+  VSP_ASSIGN_OR_RETURN(const model::LoadOptions options,
+                       MakeLoadOptions(absl::GetFlag(FLAGS_model), absl::GetFlag(FLAGS_indexer),
+                                       absl::GetFlag(FLAGS_device), absl::GetFlag(FLAGS_dtype),
+                                       absl::GetFlag(FLAGS_threads)));
   VSP_ASSIGN_OR_RETURN(const std::unique_ptr<Lab> lab, Lab::Create(options, longest));
   VSP_ASSIGN_OR_RETURN(const std::unique_ptr<Results> results,
                        Results::Open(absl::GetFlag(FLAGS_results)));

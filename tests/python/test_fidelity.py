@@ -218,6 +218,19 @@ def test_bad_plans_and_items_are_refused(tmp_path, fixtures_dir, plan, items, me
     assert message in done.stderr
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["--device", "gpu"], "--device is 'gpu', expected cpu or cuda"),
+    (["--dtype", "bf16"], "--dtype is 'bf16', expected bfloat16 or float32"),
+    (["--threads", "-1"], "--threads is -1, expected 0"),
+])
+def test_bad_flags_are_refused(tiny, fixtures_dir, tmp_path, flags, message):
+    for name in ("plan.json", "items.jsonl"):
+        (tmp_path / name).write_text((tiny / name).read_text(encoding="utf-8"), encoding="utf-8")
+    done = evaluate(tmp_path, fixtures_dir, *flags)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
 def test_report_of_the_tiny_model(tiny, fixtures_dir):
     pytest.importorskip("matplotlib")
     if not (tiny / "results.all.jsonl").exists():
