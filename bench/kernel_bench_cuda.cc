@@ -510,6 +510,9 @@ void BenchWholeOperator(Bench& bench, const Model& m, int64_t n) {
   IndexerProblem indexer(m, m.indexer_hidden[0], n, attention.sequence);
   SelectionProblem selection(m, n);
   attention.sequence.index = &selection.index;
+  const Memory workspace(AttentionWorkspaceBytes(attention.shape, m.kv_heads,
+                                                 n - SelectionParams().last_dense_tokens, n));
+  attention.sequence.workspace = workspace.as<void>();
   const std::vector<double> densities =
       n > 32768 ? std::vector{0.025, 0.05, 0.1} : std::vector{0.05, 0.1, 0.2, 0.3, 0.5};
   for (const double density : densities) {

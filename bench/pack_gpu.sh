@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 build=${1:-build}
 dest=${2:-.carry}
 programs=(tests/cuda_kernels_test tests/base_cuda_test bin/kernel_bench bin/vsprefill-server bin/vsprefill-decode
-  bin/vsprefill bin/vsprefill-distill bin/vsprefill-eval)
+  bin/vsprefill bin/vsprefill-distill bin/vsprefill-eval bin/prefill_bench)
 
 rm -rf "${dest:?}/bin" "${dest:?}/lib"  # other files there stay: models, corpora
 mkdir -p "$dest/bin" "$dest/lib"

@@ -7,6 +7,7 @@
 // within the tolerance table of docs/numerics.md for the same index.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels/sparse_index.h"
@@ -39,6 +40,11 @@ struct AttentionSequence {
   /// (num_groups == num_kv_heads) or per query head (num_groups == num_q_heads).
   const SparseIndexView* index = nullptr;
   const TileIndexView* tiles = nullptr;
+  /// With an index whose rows from dense_from on are dense: AttentionWorkspaceBytes of device
+  /// memory, 256-byte aligned, this sequence's alone until the launch has run. CUDA on compute
+  /// capability 9.0 then spreads each such row tile over several multiprocessors, which changes its
+  /// rounding. Null: nothing is spread. Others ignore it.
+  void* workspace = nullptr;
   bool dense() const { return index == nullptr && tiles == nullptr; }
 };
 
@@ -54,6 +60,24 @@ inline bool SupportedIndex(const AttentionShape& shape, const AttentionSequence&
   const int groups = IndexGroups(shape, s);
   return (groups == shape.num_kv_heads || groups == shape.num_q_heads) &&
          (s.index == nullptr || s.tiles == nullptr);
+}
+
+/// Parts that the columns of a row tile at or past dense_from are divided into where there is a
+/// workspace. By the index alone, so that chunks give the bits of the whole.
+inline int DenseRowParts(int64_t dense_from) {
+  return static_cast<int>(std::clamp<int64_t>(dense_from / 1024, 1, 8));
+}
+/// Bytes of the workspace of a sequence, or a chunk of one, of up to `kv_tokens` tokens. 0: there
+/// is nothing to spread, or there are so many dense row tiles that they fill a device by
+/// themselves.
+inline int64_t AttentionWorkspaceBytes(const AttentionShape& shape, int num_groups,
+                                       int64_t dense_from, int64_t kv_tokens) {
+  constexpr int64_t kMostTiles = 128;
+  if (dense_from < 0 || dense_from >= kv_tokens || DenseRowParts(dense_from) == 1) return 0;
+  const int row_tile = RowTilePositions(shape.num_q_heads / num_groups);
+  const int64_t tiles = num_groups * ((kv_tokens - 1) / row_tile + 1 - dense_from / row_tile);
+  if (tiles > kMostTiles) return 0;
+  return tiles * DenseRowParts(dense_from) * kPackedRows * (shape.head_dim + 2) * 4;
 }
 
 /// Sums over rows and query heads, for density = unmasked / dense and cost_ratio = multiplied /

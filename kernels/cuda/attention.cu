@@ -48,6 +48,7 @@ SequenceParams Describe(const AttentionSequence& s, int64_t row_tile) {
   p.kv_tokens = static_cast<int32_t>(s.kv_tokens);
   p.first_tile = static_cast<int32_t>(q_start / row_tile);
   p.num_tiles = static_cast<int32_t>(last_tile + 1 - p.first_tile);
+  p.dense_parts = 1;
   if (s.tiles != nullptr) {
     const TileIndexView& tiles = *s.tiles;
     p.block_words = static_cast<int32_t>(tiles.block_words);
@@ -76,6 +77,10 @@ SequenceParams Describe(const AttentionSequence& s, int64_t row_tile) {
   const int64_t first_dense =
       std::max<int64_t>(std::max<int64_t>(s.index->dense_from, 0) / row_tile, p.first_tile);
   p.dense_tiles = static_cast<int32_t>(std::max<int64_t>(0, last_tile + 1 - first_dense));
+  if (p.dense_tiles > 0 && s.workspace != nullptr) {
+    p.partials = static_cast<float*>(s.workspace);
+    p.dense_parts = DenseRowParts(s.index->dense_from);
+  }
   return p;
 }
 
@@ -85,13 +90,34 @@ bool HasMeans(const AttentionBatch& batch) {
                      [](const SequenceParams& p) { return p.k_means != nullptr; });
 }
 
-KernelStatus LaunchBf16(KernelChoice kernel, const AttentionBatch& batch, int num_items,
-                        int head_dim, cudaStream_t stream) {
-  if (kernel == KernelChoice::kFastest && !HasMeans(batch) && cuda::DeviceIsSm90()) {
-    const KernelStatus status = cuda::LaunchAttentionSm90(batch, num_items, head_dim, stream);
+/// Numbers the work items of the batch through; returns how many there are.
+int64_t NumberItems(AttentionBatch& batch) {
+  int64_t items = 0;
+  for (SequenceParams* p = batch.sequences; p != batch.sequences + batch.num_sequences; ++p) {
+    p->item_begin = static_cast<int32_t>(items);
+    items += (int64_t{p->num_tiles} + p->dense_tiles * (p->dense_parts - 1)) * batch.num_groups;
+  }
+  return items;
+}
+
+KernelStatus LaunchOn(KernelChoice kernel, DType dtype, AttentionBatch& batch, int head_dim,
+                      cudaStream_t stream) {
+  // Half of the range: persistent blocks count on past the last item.
+  int64_t items = NumberItems(batch);
+  if (items > INT32_MAX / 2) return KernelStatus::kUnsupportedShape;
+  if (dtype == DType::kBF16 && kernel == KernelChoice::kFastest && !HasMeans(batch) &&
+      cuda::DeviceIsSm90()) {
+    const KernelStatus status =
+        cuda::LaunchAttentionSm90(batch, static_cast<int>(items), head_dim, stream);
     if (status != KernelStatus::kUnsupportedShape) return status;
   }
-  return cuda::LaunchAttentionBf16(batch, num_items, head_dim, stream);
+  for (SequenceParams* p = batch.sequences; p != batch.sequences + batch.num_sequences; ++p) {
+    p->dense_parts = 1;
+  }
+  items = NumberItems(batch);
+  return dtype == DType::kBF16
+             ? cuda::LaunchAttentionBf16(batch, static_cast<int>(items), head_dim, stream)
+             : cuda::LaunchAttentionF32(batch, static_cast<int>(items), head_dim, stream);
 }
 
 /// One launch: sequences whose indexes are of one kind and for equally many groups.
@@ -106,20 +132,9 @@ KernelStatus Launch(KernelChoice kernel, const AttentionShape& shape, int num_gr
   // The longest sequence first: its late tiles are the heaviest items of the launch.
   std::stable_sort(order, order + count,
                    [](const auto* a, const auto* b) { return a->kv_tokens > b->kv_tokens; });
-  int64_t items = 0;
-  for (int i = 0; i < count; ++i) {
-    batch.sequences[i] = Describe(*order[i], batch.row_tile);
-    batch.sequences[i].item_begin = static_cast<int32_t>(items);
-    items += int64_t{batch.sequences[i].num_tiles} * batch.num_groups;
-  }
+  for (int i = 0; i < count; ++i) batch.sequences[i] = Describe(*order[i], batch.row_tile);
   batch.num_sequences = count;
-  // Half of the range: persistent blocks count on past the last item.
-  if (items > INT32_MAX / 2) return KernelStatus::kUnsupportedShape;
-  const int num_items = static_cast<int>(items);
-  const cudaStream_t cuda_stream = cuda::AsCuda(stream);
-  return shape.dtype == DType::kBF16
-             ? LaunchBf16(kernel, batch, num_items, shape.head_dim, cuda_stream)
-             : cuda::LaunchAttentionF32(batch, num_items, shape.head_dim, cuda_stream);
+  return LaunchOn(kernel, shape.dtype, batch, shape.head_dim, cuda::AsCuda(stream));
 }
 
 }  // namespace

@@ -33,9 +33,11 @@ struct SequenceParams {
   const void* v_means;
   int32_t block_words, blocks_stride, column_words, columns_stride;  // words
   int32_t tiles_per_set, means_stride;
+  float* partials;  // what these leave, see sm90/attention_sm90.h
   int32_t q_start, kv_tokens;
   int32_t first_tile, num_tiles;  // row tiles that hold a query position
   int32_t dense_tiles;            // of those, the last ones that attend densely
+  int32_t dense_parts;            // work items that each of them is divided into, by columns
   int32_t item_begin;             // number of work items of the sequences before this one
 };
 
@@ -49,9 +51,9 @@ struct AttentionBatch {
 // Launch parameters of more than 4 KB need a driver and an architecture that take them.
 static_assert(sizeof(AttentionBatch) <= 4096);
 
-/// One (sequence, index group, row tile).
+/// One (sequence, index group, row tile); of a divided dense row tile one part of the columns.
 struct WorkItem {
-  int sequence, group, tile;
+  int sequence, group, tile, part;
 };
 
 /// Work items of a sequence: the dense row tiles of all groups first, then group by group (key
@@ -63,12 +65,14 @@ __device__ __forceinline__ WorkItem FindWorkItem(const AttentionBatch& batch, in
   item -= s.item_begin;
   const int last_tile = s.first_tile + s.num_tiles - 1;
   const int dense_items = s.dense_tiles * batch.num_groups;
-  if (item < dense_items) {
-    return {sequence, item % batch.num_groups, last_tile - item / batch.num_groups};
+  if (item < dense_items * s.dense_parts) {
+    const int unit = item / s.dense_parts;
+    return {sequence, unit % batch.num_groups, last_tile - unit / batch.num_groups,
+            item % s.dense_parts};
   }
-  item -= dense_items;
+  item -= dense_items * s.dense_parts;
   const int sparse_tiles = s.num_tiles - s.dense_tiles;
-  return {sequence, item / sparse_tiles, last_tile - s.dense_tiles - item % sparse_tiles};
+  return {sequence, item / sparse_tiles, last_tile - s.dense_tiles - item % sparse_tiles, 0};
 }
 
 }  // namespace vsprefill::kernels::cuda

@@ -17,6 +17,13 @@ std::string Describe(const char* operation, const kernels::AttentionShape& shape
                          kernels::Name(shape.dtype));
 }
 
+/// The library takes one sequence at a time; many of one row each are one launch of our kernel.
+bool IsDecodingBatch(const std::vector<kernels::AttentionSequence>& sequences) {
+  return sequences.size() > 1 &&
+         std::all_of(sequences.begin(), sequences.end(),
+                     [](const auto& sequence) { return sequence.q_tokens == 1; });
+}
+
 }  // namespace
 
 absl::Status Execute(const MethodContext& context, const AttentionCall& call) {
@@ -25,7 +32,7 @@ absl::Status Execute(const MethodContext& context, const AttentionCall& call) {
   for (const SequenceCall& sequence : call.sequences) sequences.push_back(sequence.attention);
   const bool dense = std::all_of(sequences.begin(), sequences.end(),
                                  [](const auto& sequence) { return sequence.dense(); });
-  if (dense && context.library_attention) {
+  if (dense && context.library_attention && !IsDecodingBatch(sequences)) {
     VSP_RETURN_IF_ERROR(context.library_attention(call.shape, sequences, call.stream));
   } else {
     VSP_RETURN_IF_ERROR(FromKernelStatus(

@@ -43,6 +43,7 @@ class SparseMethod : public AttentionMethod {
   const MethodContext& context() const { return context_; }
   const kernels::KernelSet& kernels() const { return *context_.kernels; }
   int dense_layers() const { return dense_layers_; }
+  bool on_cpu() const { return context_.allocator->device() == kernels::DeviceKind::kCpu; }
   void KeepDenseBelow(int64_t tokens) { dense_below_ = std::max(dense_below_, tokens); }
 
   /// What selections that look at queries and keys need; `workspace_bytes` is the kernel's function
@@ -75,7 +76,6 @@ class SparseMethod : public AttentionMethod {
     Buffer memory;
   };
   absl::StatusOr<char*> Memory(Index& index, int64_t bytes);
-  bool on_cpu() const { return context_.allocator->device() == kernels::DeviceKind::kCpu; }
   /// CUDA: the fall-back by length.
   bool TooShortToPay(int64_t prompt_tokens) const;
   /// CPU: whether the index just selected would take longer than dense attention.

@@ -1,6 +1,7 @@
 // VSPrefill: vertical columns and slash bands chosen from the VSIndexer's logits
 // (docs/vsprefill.md).
 #include <cmath>
+#include <vector>
 
 #include "kernels/selection.h"
 #include "server/attention/methods.h"
@@ -70,12 +71,29 @@ class VsPrefill : public SparseMethod {
           workspace_, Buffer::Create(*context().allocator, kernels::SelectionWorkspaceBytes(
                                                                num_groups, input.prompt_tokens)));
     }
-    return Checked(kernels().select(input, MakeSelection(parameters(), input.prompt_tokens),
-                                    workspace_.data(), view, call.stream),
-                   call, i);
+    VSP_RETURN_IF_ERROR(
+        Checked(kernels().select(input, MakeSelection(parameters(), input.prompt_tokens),
+                                 workspace_.data(), view, call.stream),
+                call, i));
+    return on_cpu() ? absl::OkStatus() : SpreadDenseRows(call, i, view->dense_from);
   }
 
  private:
+  /// Gives sequence i memory with which the device may spread the prompt's dense last rows.
+  absl::Status SpreadDenseRows(const AttentionCall& call, size_t i, int64_t dense_from) {
+    SequenceCall& sequence = call.sequences[i];
+    const int64_t bytes = kernels::AttentionWorkspaceBytes(call.shape, call.shape.num_kv_heads,
+                                                           dense_from, sequence.prompt_tokens);
+    sequence.attention.workspace = nullptr;
+    if (bytes == 0 || sequence.attention.kv_tokens <= dense_from) return absl::OkStatus();
+    while (dense_rows_.size() <= i) dense_rows_.emplace_back();
+    if (dense_rows_[i].bytes() < bytes) {
+      VSP_ASSIGN_OR_RETURN(dense_rows_[i], Buffer::Create(*context().allocator, bytes));
+    }
+    sequence.attention.workspace = dense_rows_[i].data();
+    return absl::OkStatus();
+  }
+
   /// Lets the first sequence's counts lie where they stay, per layer, for the statistics.
   absl::Status KeepCounts(int layer, SparseIndexView& view) {
     const int64_t half = int64_t{context().num_layers} * view.num_groups;
@@ -93,6 +111,7 @@ class VsPrefill : public SparseMethod {
   }
 
   Buffer counts_, workspace_;
+  std::vector<Buffer> dense_rows_;  // per sequence of a batch
 };
 
 }  // namespace

@@ -28,6 +28,10 @@
 // tile with the products S = Q K of the next, of the next item's first one too, and O += P V of the
 // one before.
 //
+// Dense last rows: where the caller gives a workspace, a dense row tile is several items, each over
+// a part of its columns, that leave unnormalised sums there; join_parts.cu makes the output of
+// them.
+//
 // Scheduling: items are drawn from a counter (item_counter.h), heaviest first; while a stream is
 // captured each block takes every gridDim-th item. An item's result does not depend on who
 // computes it.
@@ -57,6 +61,7 @@ constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kProducerRegisters = 56;
 constexpr int kConsumerRegisters = 224;
 constexpr int kPlans = 8;
+constexpr float kLog2E = 1.4426950408889634f;
 // Named barriers: 1 and 2: it is consumer 0's (1's) turn to issue products; 3 and 4: both have
 // written their output of an even (odd) item.
 constexpr int kTurnBarrier = 1;
@@ -99,6 +104,7 @@ struct alignas(1024) Shared {
   uint64_t v_full[C::kStages], v_empty[C::kStages];
   uint64_t q_full[2], q_empty[2];
   uint64_t plan_full[kPlans], plan_empty[kPlans];
+  WorkItem q_work[2];  // whose queries, then whose output
   Plan plans[kPlans];
   alignas(16) int32_t columns[kPlans][kColumns];
 };
@@ -123,6 +129,11 @@ __device__ __forceinline__ int RowPosition(const AttentionBatchSm90& batch,
 /// First position of an item's row tile, counted from the sequence's first query; may be negative.
 __device__ __forceinline__ int FirstQuery(const AttentionBatchSm90& batch, const WorkItem& work) {
   return work.tile * batch.base.row_tile - batch.base.sequences[work.sequence].q_start;
+}
+
+/// Whether an indexed sequence's row tile is one of its dense last ones.
+__device__ __forceinline__ bool IsDense(const SequenceParams& s, int tile) {
+  return tile >= s.first_tile + s.num_tiles - s.dense_tiles;
 }
 
 // ---------------------------------------------------------------------------- planner
@@ -232,9 +243,9 @@ class Planner {
   __device__ __forceinline__ void PlanBands(const SequenceParams& s) {
     block_bits_ = column_bits_ = nullptr;
     const int last_block = last_row_ / kBandBlock;
-    const bool dense =
-        s.bands == nullptr || work_.tile >= s.first_tile + s.num_tiles - s.dense_tiles;
+    const bool dense = s.bands == nullptr || IsDense(s, work_.tile);
     int num_bands = last_block + 1;  // at least partly right of column 0
+    first_band_ = 0;
     bands_ = verticals_ = nullptr;
     num_verticals_ = next_vertical_ = 0;
     if (!dense) {
@@ -243,6 +254,11 @@ class Planner {
       band_bits_ = s.band_bits + work_.group * s.band_stride;
       num_verticals_ = s.num_verticals[work_.group];
       num_bands = CountBlocks(band_bits_, last_block);
+    } else if (s.bands != nullptr && s.dense_parts > 1) {
+      // Whole tiles, as equally many as can be.
+      const int tiles = (num_bands + 1) / 2;
+      first_band_ = work_.part * tiles / s.dense_parts * 2;
+      num_bands = min(num_bands, (work_.part + 1) * tiles / s.dense_parts * 2) - first_band_;
     }
     LoadCandidates();
 
@@ -335,7 +351,7 @@ class Planner {
   /// Column of band number `i` that is nearest to the row tile.
   __device__ __forceinline__ int Nearest(int i, int num_bands) const {
     if (i >= num_bands) return 0;
-    return last_row_ - (bands_ == nullptr ? i : bands_[i]) * kBandBlock;
+    return last_row_ - (bands_ == nullptr ? first_band_ + i : bands_[i]) * kBandBlock;
   }
 
   /// If some pair of a row and a column of the band may be invisible: writes the band's columns,
@@ -370,7 +386,8 @@ class Planner {
   uint32_t tile_ = 0;  // counted over all items of the block
   WorkItem work_;
   int first_row_, last_row_;
-  const int32_t* bands_;  // null: every block
+  int first_band_;        // of the item's part of a dense row tile
+  const int32_t* bands_;  // null: every block from first_band_ on
   const int32_t* verticals_;
   const uint32_t* band_bits_;
   const uint32_t* block_bits_;   // null: vertical-slash or dense
@@ -418,6 +435,7 @@ __device__ __forceinline__ void Load(const AttentionBatchSm90& batch, Shared<kHe
       const Slot<2> q(items++);
       WaitEmpty(shared.q_empty, q.index, q.parity);
       const uint32_t full = SharedAddress(&shared.q_full[q.index]);
+      shared.q_work[q.index] = plan.work;
       BarrierArriveExpect(full, rows * kHeadDim * 2);
 #pragma unroll
       for (int slice = 0; slice < C::kSlices; ++slice) {
@@ -622,15 +640,20 @@ __device__ __forceinline__ void Mask(float (&s)[kColumns / 2], const int32_t* co
 struct RowState {
   float max[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};
-
-  /// 1 / the whole row's sum, 0 for a row that saw no column. Called by a whole warp.
-  __device__ __forceinline__ float Inverse(int half) const {
-    float total = sum[half];
-    total += __shfl_xor_sync(0xffffffffu, total, 1);
-    total += __shfl_xor_sync(0xffffffffu, total, 2);
-    return total > 0.0f ? Reciprocal(total) : 0.0f;
-  }
 };
+
+/// Sum over the four threads of a row. Called by a whole warp.
+__device__ __forceinline__ float RowSum(float sum) {
+  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+  return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
+}
+
+/// 1 / the whole row's sum, from its threads' parts; 0 for a row that saw no column. Called by a
+/// whole warp.
+__device__ __forceinline__ float Inverse(float sum) {
+  sum = RowSum(sum);
+  return sum > 0.0f ? Reciprocal(sum) : 0.0f;
+}
 
 /// Online softmax: s becomes the probabilities relative to the new maximum. What was accumulated
 /// before has to be multiplied by `correction`; returns whether that matters to some row of the
@@ -685,8 +708,8 @@ __device__ __forceinline__ void PackProbabilities(uint32_t (&p)[kColumns / 16][4
 /// address of the warp's first row.
 template <int kHeadDim>
 __device__ __forceinline__ void WriteRows(uint32_t rows_shared, const float (&o)[kHeadDim / 2],
-                                          const RowState& rows) {
-  const float inverse[2] = {rows.Inverse(0), rows.Inverse(1)};
+                                          const float (&sums)[2]) {
+  const float inverse[2] = {Inverse(sums[0]), Inverse(sums[1])};
   // Matrix lane / 8 of each store: rows 8 * (matrix % 2), 16-byte chunk matrix / 2 of two.
   const int lane = threadIdx.x & 31;
   const int row = lane % 16;
@@ -722,10 +745,10 @@ __device__ __forceinline__ void SendRows(const AttentionBatchSm90& batch, const 
 template <int kHeadDim>
 __device__ __forceinline__ void StoreRows(const AttentionBatchSm90& batch, const WorkItem& work,
                                           int row, const float (&o)[kHeadDim / 2],
-                                          const RowState& rows) {
+                                          const float (&sums)[2]) {
   const SequenceParams& sequence = batch.base.sequences[work.sequence];
   const int group_size = batch.base.group_size;
-  const float inverse[2] = {rows.Inverse(0), rows.Inverse(1)};
+  const float inverse[2] = {Inverse(sums[0]), Inverse(sums[1])};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int packed = row + half * 8;
@@ -744,6 +767,32 @@ __device__ __forceinline__ void StoreRows(const AttentionBatchSm90& batch, const
   }
 }
 
+/// What a part of a dense row tile leaves. `row`: this thread's first row.
+template <int kHeadDim>
+__device__ __forceinline__ void StorePartial(const AttentionBatchSm90& batch, const WorkItem& work,
+                                             int row, const float (&o)[kHeadDim / 2],
+                                             const float (&maxima)[2], const float (&sums)[2]) {
+  const SequenceParams& s = batch.base.sequences[work.sequence];
+  const int last_tile = s.first_tile + s.num_tiles - 1;
+  const Partial to = FindPartial(s, (last_tile - work.tile) * batch.base.num_groups + work.group,
+                                 work.part, kHeadDim);
+  const int lane = threadIdx.x & 3;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int packed = row + half * 8;
+    const float sum = RowSum(sums[half]);
+    if (lane == 0) {
+      to.max[packed] = maxima[half] * (batch.base.scale * kLog2E);
+      to.sum[packed] = sum;
+    }
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      *reinterpret_cast<float2*>(to.o + packed * kHeadDim + n * 8 + lane * 2) =
+          make_float2(o[n * 4 + half * 2], o[n * 4 + half * 2 + 1]);
+    }
+  }
+}
+
 /// The products and the softmax of packed rows 64 `consumer` to 64 `consumer` + 63.
 template <int kHeadDim>
 __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<kHeadDim>& shared,
@@ -755,7 +804,7 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
   const uint32_t q_shared = SharedAddress(shared.q[0]) + consumer * 64 * 128;
   // Sends the output of both consumers, the last one to write, and gives the queries' place back.
   const bool sender = consumer == 1 && thread == 0;
-  const float scale_log2 = batch.base.scale * 1.4426950408889634f;
+  const float scale_log2 = batch.base.scale * kLog2E;
   const auto release = [&](uint64_t& barrier) {
     if (warp_leader) BarrierArrive(SharedAddress(&barrier));
   };
@@ -767,9 +816,7 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
   uint32_t limit[2];
 
   uint32_t items = 0;  // finished ones
-  WorkItem item;
-  const auto start_item = [&](const WorkItem& next_item) {
-    item = next_item;
+  const auto start_item = [&](const WorkItem& item) {
     const SequenceParams& sequence = batch.base.sequences[item.sequence];
     limit[0] = static_cast<uint32_t>(RowPosition(batch, sequence, item.tile, first_row));
     limit[1] = static_cast<uint32_t>(RowPosition(batch, sequence, item.tile, first_row + 8));
@@ -807,10 +854,16 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
       BarrierArrive(SharedAddress(&shared.q_empty[(items - 1) % 2]));
     }
     WaitFull(shared.k_full, next.index, next.parity);
-    const WorkItem next_item = shared.plans[(tile + 1) % kPlans].work;
     const int next_flags = shared.plans[(tile + 1) % kPlans].flags;
     const Slot<2> q(items + (next_flags & kFirst ? 1 : 0));
-    if (next_flags & kFirst) WaitFull(shared.q_full, q.index, q.parity);
+    // An item's end waits like any other tile: under the next item's first softmax.
+    const bool ends = (flags & kLast) != 0;
+    const float sums[2] = {rows.sum[0], rows.sum[1]};
+    const float maxima[2] = {rows.max[0], rows.max[1]};
+    if (next_flags & kFirst) {
+      WaitFull(shared.q_full, q.index, q.parity);
+      start_item(shared.q_work[q.index]);
+    }
     NamedBarrierSync(kTurnBarrier + consumer, 2 * kWarpgroup);
     WgmmaFence();
     // After the last item of all these scores mean nothing.
@@ -823,40 +876,42 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
     WgmmaWait<1>();
     PinRegisters(s);
     if ((next_flags & kMasked) == 0) release(shared.k_empty[next.index]);
-    if (flags & kLast) {
-      WgmmaWait<0>();
-      PinRegisters(o);
+    if (next_flags & kMasked) mask_and_release(tile + 1, next_flags);
+    const bool changed = Softmax(s, rows, scale_log2, correction);
+    // Never true. The assembler would wait for the product o += p v before the softmax instead of
+    // computing the one under the other; it does not move the wait across a way out.
+    if (rows.sum[0] + rows.sum[1] < 0.0f) return;
+    WgmmaWait<0>();
+    PinRegisters(o);
+    release(shared.v_empty[stage.index]);
+    if (changed && !ends) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= correction[i / 2 % 2];
+    }
+    PackProbabilities(p, s);
+    if (ends) {
       const uint32_t out_shared = SharedAddress(shared.q[items % 2]);
-      const bool send = FirstQuery(batch, item) >= 0;
-      if (send) {
-        WriteRows<kHeadDim>(out_shared + (consumer * 64 + thread / 32 * 16) * 128, o, rows);
+      const WorkItem ended = shared.q_work[items % 2];
+      const bool divided = batch.base.sequences[ended.sequence].dense_parts > 1 &&
+                           IsDense(batch.base.sequences[ended.sequence], ended.tile);
+      const bool send = !divided && FirstQuery(batch, ended) >= 0;
+      if (divided) {
+        StorePartial<kHeadDim>(batch, ended, first_row, o, maxima, sums);
+      } else if (send) {
+        WriteRows<kHeadDim>(out_shared + (consumer * 64 + thread / 32 * 16) * 128, o, sums);
         FenceProxyAsync();
       } else {
-        StoreRows<kHeadDim>(batch, item, first_row, o, rows);
+        StoreRows<kHeadDim>(batch, ended, first_row, o, sums);
       }
       if (consumer == 0) {
         NamedBarrierArrive(kOutputBarrier + items % 2, 2 * kWarpgroup);
       } else {
         NamedBarrierSync(kOutputBarrier + items % 2, 2 * kWarpgroup);
-        if (send && sender) SendRows<kHeadDim>(batch, item, out_shared);
+        if (send && sender) SendRows<kHeadDim>(batch, ended, out_shared);
       }
-      if (next_item.sequence < 0) break;
+      if ((next_flags & kFirst) == 0) break;  // that was the last item
       ++items;
-      start_item(next_item);
     }
-    if (next_flags & kMasked) mask_and_release(tile + 1, next_flags);
-    const bool changed = Softmax(s, rows, scale_log2, correction);
-    // Never true. The assembler would wait for the product o += p v before the softmax instead of
-    // computing the one under the other; it does not move the wait across a branch.
-    if (rows.sum[0] + rows.sum[1] < 0.0f) __trap();
-    WgmmaWait<0>();
-    PinRegisters(o);
-    release(shared.v_empty[stage.index]);
-    if (changed && (next_flags & kFirst) == 0) {
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= correction[i / 2 % 2];
-    }
-    PackProbabilities(p, s);
     flags = next_flags;
   }
   if (sender) WaitBulk();
@@ -923,11 +978,12 @@ KernelStatus Launch(const AttentionBatchSm90& batch, cudaStream_t stream) {
   error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return AsStatus(error);
   constexpr int kBytes = sizeof(Shared<kHeadDim>);
-  const KernelStatus status = AllowSharedMemory(AttentionSm90Kernel<kHeadDim>, kBytes);
+  KernelStatus status = AllowSharedMemory(AttentionSm90Kernel<kHeadDim>, kBytes);
   if (status != KernelStatus::kOk) return status;
   const int blocks = std::min(batch.num_items, multiprocessors);
   AttentionSm90Kernel<kHeadDim><<<blocks, kThreads, kBytes, stream>>>(batch);
-  return LaunchStatus();
+  status = LaunchStatus();
+  return status == KernelStatus::kOk ? JoinParts(batch.base, kHeadDim, stream) : status;
 }
 
 }  // namespace

@@ -63,13 +63,21 @@ const Case kCases[] = {
     {"ManyVerticalsG1D128", 1, 1, 128, 300, 3000, 0.6, 0.3},
     {"LastRowTilesDenseG16D128", 16, 1, 128, 333, 1111, 0.1, 0.1, 1000},
     {"LongChunkFarAway", 8, 2, 128, 40, 6000, 0.05, 0.05},
+    // Dense last rows that are spread: an odd number of blocks, a chunk that begins inside of them,
+    // one that ends inside of a row tile, a single dense row.
+    {"SpreadTailOdd", 9, 3, 64, 70, 2200, 0.05, 0.05, 2140},
+    {"SpreadTailD128", 4, 1, 128, 40, 2100, 0.1, 0.05, 2080},
+    {"SpreadTail", 9, 3, 64, 300, 8300, 0.05, 0.05, 8236},
+    {"SpreadTailG1D128", 2, 2, 128, 200, 9001, 0.02, 0.02, 9000},
+    {"SpreadTailG16D128", 16, 1, 128, 50, 5003, 0.05, 0.05, 4940},
+    {"SpreadTailChunkInside", 8, 2, 64, 9, 4111, 0.05, 0.05, 4060},
 };
 
 /// Inputs of one sequence on host and device; q and out as in a packed [q | k | v] row.
 struct Problem {
   AttentionShape shape;
   HostTensor q, k, v;
-  DeviceBuffer q_device, k_device, v_device, out_device;
+  DeviceBuffer q_device, k_device, v_device, out_device, workspace;
   std::unique_ptr<HostIndex> index;
   AttentionSequence host, device;
   HostTensor out;
@@ -119,6 +127,9 @@ struct Problem {
     if (index != nullptr) {
       host.index = &index->host;
       device.index = &index->device;
+      workspace =
+          DeviceBuffer(AttentionWorkspaceBytes(shape, c.kv_heads, c.dense_from, c.kv_tokens));
+      device.workspace = workspace.data();
     }
   }
 };
@@ -239,6 +250,54 @@ TEST(AttentionCuda, SmallChunksEqualTheWhole) {
     }
     ASSERT_TRUE(testing::Synchronize());
     EXPECT_EQ(p.out_device.Download<char>(), whole) << "vertical share " << vertical;
+  }
+}
+
+// Also where the dense last rows are spread, and a chunk ends inside of them.
+TEST(AttentionCuda, ChunksOfSpreadRowsEqualTheWhole) {
+  Problem p({"", 9, 3, 64, 3300, 3300, 0.05, 0.1, 3236}, DType::kBF16, 6);
+  ASSERT_NE(p.device.workspace, nullptr);
+  ASSERT_EQ(AttentionCuda(p.shape, &p.device, 1, nullptr), KernelStatus::kOk);
+  ASSERT_TRUE(testing::Synchronize());
+  const auto whole = p.out_device.Download<char>();
+  ASSERT_EQ(cudaMemset(p.out_device.data(), 0xff, whole.size()), cudaSuccess);
+  for (const auto& [begin, end] :
+       {std::pair{0, 2050}, std::pair{2050, 3244}, std::pair{3244, 3300}}) {
+    AttentionSequence chunk = p.device;
+    chunk.q = p.q_device.as<uint16_t>() + begin * chunk.q_token_stride;
+    chunk.out = p.out_device.as<uint16_t>() + begin * chunk.out_token_stride;
+    chunk.q_tokens = end - begin;
+    chunk.kv_tokens = end;
+    ASSERT_EQ(AttentionCuda(p.shape, &chunk, 1, nullptr), KernelStatus::kOk);
+    ASSERT_TRUE(testing::Synchronize());  // one workspace
+  }
+  EXPECT_EQ(p.out_device.Download<char>(), whole);
+}
+
+// Sequences with spread rows, with none, and one without a workspace: nobody's bits depend on who
+// else is in the launch.
+TEST(AttentionCuda, SpreadRowsInABatchEqualSingleSequences) {
+  std::vector<std::unique_ptr<Problem>> problems;
+  std::vector<AttentionSequence> batch;
+  for (const Case& c :
+       {Case{"", 8, 2, 128, 100, 4100, 0.02, 0.02, 4050}, Case{"", 8, 2, 128, 80, 80, kDense, 0},
+        Case{"", 8, 2, 128, 300, 2300, 0.02, 0.02, 2290}, Case{"", 8, 2, 128, 60, 3000, 0.02, 0.02},
+        Case{"", 8, 2, 128, 90, 3100, 0.02, 0.02, 3050}}) {
+    problems.push_back(std::make_unique<Problem>(c, DType::kBF16, 40));
+    batch.push_back(problems.back()->device);
+  }
+  problems.back()->device.workspace = batch.back().workspace = nullptr;
+  ASSERT_EQ(
+      AttentionCuda(problems[0]->shape, batch.data(), static_cast<int>(batch.size()), nullptr),
+      KernelStatus::kOk);
+  ASSERT_TRUE(testing::Synchronize());
+  for (size_t i = 0; i < problems.size(); ++i) {
+    Problem& p = *problems[i];
+    const auto together = p.out_device.Download<char>();
+    ASSERT_EQ(cudaMemset(p.out_device.data(), 0xff, together.size()), cudaSuccess);
+    ASSERT_EQ(AttentionCuda(p.shape, &p.device, 1, nullptr), KernelStatus::kOk);
+    ASSERT_TRUE(testing::Synchronize());
+    EXPECT_EQ(p.out_device.Download<char>(), together) << "sequence " << i;
   }
 }
 

@@ -14,9 +14,10 @@ using testing::DeviceBuffer;
 struct Operator {
   int q_heads, kv_heads, head_dim, hidden;
   int64_t n;
-  DeviceBuffer q, k, v, out, w1, b1, w2, b2, prior, logits, workspace;
+  DeviceBuffer q, k, v, out, w1, b1, w2, b2, prior, logits, workspace, dense_rows;
   DeviceBuffer verticals, bands, bits, numbers;
   SparseIndexView index;
+  AttentionShape shape;
 
   Operator(int q_heads_in, int kv_heads_in, int head_dim_in, int hidden_in, int64_t tokens)
       : q_heads(q_heads_in),
@@ -40,7 +41,11 @@ struct Operator {
     prior = floats(kv_heads * kSlashBuckets, 2.0f);
     out = DeviceBuffer(2 * n * q_heads * head_dim);
     logits = DeviceBuffer(2 * 4 * kv_heads * n);
+    shape = {q_heads, kv_heads, head_dim, DType::kBF16,
+             1.0f / std::sqrt(static_cast<float>(head_dim))};
     workspace = DeviceBuffer(SelectionWorkspaceBytes(kv_heads, n));
+    dense_rows = DeviceBuffer(
+        AttentionWorkspaceBytes(shape, kv_heads, n - SelectionParams().last_dense_tokens, n));
     const int row_tile = RowTilePositions(q_heads / kv_heads);
     index.vertical_stride = n;
     index.band_stride = BandWords(n, row_tile);
@@ -117,8 +122,7 @@ struct Operator {
     s.out_head_stride = head_dim;
     s.q_tokens = s.kv_tokens = n;
     s.index = &index;
-    const AttentionShape shape{q_heads, kv_heads, head_dim, DType::kBF16,
-                               1.0f / std::sqrt(static_cast<float>(head_dim))};
+    s.workspace = dense_rows.data();
     return AttentionCuda(shape, &s, 1, stream);
   }
 
