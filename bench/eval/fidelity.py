@@ -118,8 +118,7 @@ DOCUMENT_TOKENS = 8192  # what one document is sure to hold; for longer texts, d
 
 def write_items(path, items):
     with open(path, "w", encoding="utf-8") as f:
-        for item in items:
-            f.write(json.dumps(item, separators=(",", ":")) + "\n")
+        f.writelines(json.dumps(item, separators=(",", ":")) + "\n" for item in items)
 
 
 def text_items(args, preset, encoder):
@@ -193,7 +192,7 @@ def choose(out, decode):
     """Each task at the longest length that dense can do: items.tasks.jsonl and chosen.json (all dense scores)."""
     samples = json.loads((out / "facts.json").read_text(encoding="utf-8"))["samples"]
     scores = {}
-    for line in report.read_lines(out / "results.probe.jsonl"):
+    for line in (line for path in out.glob("results.probe*.jsonl") for line in report.read_lines(path)):
         if "answer" in line:
             sample = samples[line["item"]]
             group = scores.setdefault((sample["task"], sample["length"]), [])
@@ -252,7 +251,13 @@ def count_lines(paths):
     return total
 
 
-def run_stage(args, out, name, plan_name, shards=1):
+def environment(gpu):
+    """This process's, for a child that sees the gpu-th of the GPUs seen here."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return os.environ | {"CUDA_VISIBLE_DEVICES": seen.split(",")[gpu] if seen else str(gpu)}
+
+
+def run_stage(args, out, name, plan_name, shards):
     """vsprefill-eval on items.NAME.jsonl, in `shards` processes, with a progress bar over the lines they write."""
     with open(out / f"items.{name}.jsonl", encoding="utf-8") as f:
         items = [json.loads(line) for line in f]
@@ -266,7 +271,8 @@ def run_stage(args, out, name, plan_name, shards=1):
             [str(args.program), "--model", str(args.model), "--device", args.device, "--plan", str(out / plan_name),
              "--items", str(out / f"items.{name}.jsonl"), "--results", str(path), "--shard", f"{k}/{shards}",
              "--max_seconds", str(args.max_seconds), *(["--indexer", args.indexer] if args.indexer else [])],
-            stdout=f, stderr=f) for k, path in enumerate(results)]
+            stdout=f, stderr=f, env=environment(k % args.gpus) if args.device == "cuda" else None)
+            for k, path in enumerate(results)]
     total = expected_lines(plan, items) + shards - 1
     try:
         with tqdm.tqdm(total=total, initial=count_lines(results), desc=name, unit="result", smoothing=0.1) as bar:
@@ -287,9 +293,9 @@ def run_stage(args, out, name, plan_name, shards=1):
 def run(args, out, decode):
     if not Path(args.program).exists():
         sys.exit(f"error: {args.program} is not there; build it: deploy/local/build.sh vsprefill-eval")
-    run_stage(args, out, "texts", "plan.json")
-    run_stage(args, out, "probe", "plan.dense.json")
-    if not (out / "chosen.json").exists() and (out / "results.probe.jsonl").exists():
+    run_stage(args, out, "texts", "plan.json", args.gpus)  # one process each: some are timed
+    run_stage(args, out, "probe", "plan.dense.json", args.shards)
+    if not (out / "chosen.json").exists() and list(out.glob("results.probe*.jsonl")):
         choose(out, decode)
     if (out / "items.tasks.jsonl").exists():
         run_stage(args, out, "tasks", "plan.json", args.shards)
@@ -316,7 +322,8 @@ def main():
     parser.add_argument("--no_texts", action="store_true")
     parser.add_argument("--no_tasks", action="store_true")
     parser.add_argument("--program", default=str(ROOT / "build/bin/vsprefill-eval"))
-    parser.add_argument("--shards", type=int, default=1, help="processes that share the tasks (on a GPU: 4)")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the work")
+    parser.add_argument("--shards", type=int, default=1, help="processes that share the tasks (on a GPU: 4 each)")
     parser.add_argument("--max_seconds", type=float, default=0, help="each stage begins no text or prompt after these")
     args = parser.parse_args()
     args.preset = args.preset or "default"

@@ -15,6 +15,7 @@ DENSITY_SLACK = 0.03
 # A method whose least density is this many times the wanted one cannot reach it, and is not compared there.
 OUT_OF_REACH = 1.2
 LEAST_SAMPLES = 5  # below, an interval says nothing
+PLOTS = {"## Mass covered, mean": "mass", "## KL to dense, nats": "logits", "## Tasks": "tasks", "## Cost": "layers"}
 
 # Measure -> (words, format, whether more is better, where in a result it stands).
 TEXT_MEASURES = {
@@ -456,7 +457,11 @@ def write(folder, decode):
                "tasks": task, "costs": costs, "dense": dense_costs(data), "goals": goals(data, text, task, costs),
                "by_kind": by_kind(data), "by_text": by_text(data), "by_layer": by_layer(data)}
     (folder / "report.json").write_text(json.dumps(rounded(summary), separators=(",", ":")) + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(markdown(data, summary), encoding="utf-8")
     import plots
     plots.draw(summary, folder)
+    report = markdown(data, summary)
+    for heading, plot in PLOTS.items():
+        if (folder / f"{plot}.png").exists():
+            report = report.replace(f"\n{heading}\n", f"\n{heading}\n\n![{plot}]({plot}.png)\n")
+    (folder / "report.md").write_text(report, encoding="utf-8")
     print(f"{folder}/report.md")
