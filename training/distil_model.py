@@ -285,7 +285,8 @@ def parse():
     parser.add_argument("--hidden", type=int, default=512, help="hidden width of the indexer")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--texts_per_step", type=int, default=4)
-    parser.add_argument("--lengths", type=numbers(int), default=[1024, 2048, 4096, 8192], help="of the training texts")
+    parser.add_argument("--lengths", type=numbers(int), default=[8192],
+                        help="of the training texts; the longest that you serve, alone, teaches best")
     parser.add_argument("--scale_texts", type=int, default=12, help="texts that the thresholds' scale is fitted on")
     parser.add_argument("--scale_length", type=int, help="default: the longest of --lengths")
     parser.add_argument("--evaluate_texts", type=int, default=6)
