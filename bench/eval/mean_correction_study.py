@@ -13,6 +13,8 @@ error of the attention output, mean over rows and heads, of
                (FlashPrefill V2)
   fixed means  the same with the mean of the block's keys that are no selected columns: what could be computed once for
                all rows
+With --logits also the whole model with `served` and `fixed means` in every layer: KL to dense and increase of the
+log-perplexity after the first quarter of the text.
 Items come from fidelity.py --stage prepare; a text is cut at --tokens.
 """
 
@@ -111,6 +113,56 @@ def outputs(logits, read, columns, visible, k, v, q):
     return found, dense
 
 
+def attend(q, k, v, columns, blocks, threshold, means):
+    """Attention of one layer over what is selected, with the fixed means where `means`. q [n, heads, dim]."""
+    n, heads, dim = q.shape
+    per_group = heads // len(k)
+    out = torch.empty(n, heads, dim)
+    for g in range(len(k)):
+        selected = selected_columns(columns[g], threshold)
+        weights = row_blocks((~selected).float()[None])
+        total = weights.sum(-1).clamp(min=1)[..., None]
+        mean_k, mean_v = (torch.einsum("rbn,bnd->rbd", weights, key_blocks(x[g].float()))[0] / total[0] for x in (k, v))
+        for begin in range(0, n, 256):
+            positions = torch.arange(begin, min(n, begin + 256))
+            end = int(positions[-1]) + 1
+            last = -(-end // BLOCK)
+            rows = q[positions, g * per_group : (g + 1) * per_group].float().transpose(0, 1)
+            read = mask(columns[g][:end], blocks[g], threshold, positions, end)
+            logits = (rows @ k[g, :end].float().T * dim**-0.5).masked_fill(~read, -torch.inf)
+            if means:
+                visible = positions[:, None] >= torch.arange(end)
+                number = row_blocks((visible & ~read).float()).sum(-1)
+                pseudo = rows @ mean_k[:last].T * dim**-0.5 + number.log()
+                p = torch.cat([logits, pseudo], -1).softmax(-1)
+                found = p[..., :end] @ v[g, :end].float() + p[..., end:] @ mean_v[:last]
+            else:
+                found = logits.softmax(-1) @ v[g, :end].float()
+            out[positions, g * per_group : (g + 1) * per_group] = found.transpose(0, 1)
+    return out.to(q.dtype)
+
+
+def log_probs(model, hidden, positions):
+    return torch.nn.functional.linear(hidden[positions], model.head).float().log_softmax(-1)
+
+
+def whole_model(model, ids, layers, threshold, means, dense):
+    """(KL to `dense`, log-perplexity) after the first quarter."""
+    x = model.embedding[torch.tensor(ids)]
+    for layer, (columns, blocks) in enumerate(layers):
+        q, k, v = model.project(layer, x)
+        x = model.finish_layer(layer, x, attend(q, k, v, columns, blocks, threshold, means))
+    hidden = torch.nn.functional.rms_norm(x, (x.shape[-1],), model.weights["model.norm.weight"], model.eps)
+    positions = scored(ids)
+    logs = log_probs(model, hidden, positions)
+    targets = torch.tensor(ids)[positions + 1]
+    return float((dense.exp() * (dense - logs)).sum(-1).mean()), float(-logs.gather(1, targets[:, None]).mean())
+
+
+def scored(ids):
+    return torch.arange(len(ids) // 4, len(ids) - 1, 4)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "models/SmolLM2-135M-Instruct"))
@@ -120,6 +172,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--densities", type=float, nargs="*", default=[0.05, 0.1, 0.2])
+    parser.add_argument("--logits", action="store_true")
     parser.add_argument("--json")
     args = parser.parse_args()
     model = StudyModel(args.model, args.library)
@@ -129,6 +182,7 @@ def main():
     errors = {density: {name: [] for name in VARIANTS} for density in args.densities}
     positions = torch.linspace(args.tokens / 4, args.tokens - 1, args.rows).long()
     visible = positions[:, None] >= torch.arange(args.tokens)
+    whole = []
     for item in tqdm.tqdm(items, desc="texts"):
         layers, inputs = [], []
 
@@ -136,7 +190,8 @@ def main():
             layers.append(scores(model.true_sums(q, k, v), args.tokens))
             inputs.append((q[positions].float(), k.float(), v.float()))
 
-        model.forward(item["ids"][: args.tokens], visit=visit)
+        ids = item["ids"][: args.tokens]
+        hidden, _ = model.forward(ids, visit=visit)
         for density in args.densities:
             threshold = threshold_for(density, layers, positions, args.tokens)
             for (columns, blocks), (q, k, v) in zip(layers, inputs):
@@ -149,6 +204,16 @@ def main():
                     for name, out in found.items():
                         relative = (out - dense).norm(dim=-1) / dense.norm(dim=-1)
                         errors[density][name].append(float(relative.mean()))
+        if args.logits:
+            dense = log_probs(model, hidden, scored(ids))
+            base = float(-dense.gather(1, torch.tensor(ids)[scored(ids) + 1][:, None]).mean())
+            for density in args.densities:
+                threshold = threshold_for(density, layers, positions, args.tokens)
+                for name, means in (("served", False), ("fixed means", True)):
+                    kl, nll = whole_model(model, ids, layers, threshold, means, dense)
+                    whole.append({"text": item["id"], "density": density, "variant": name, "kl": kl,
+                                  "nll_increase": nll - base})
+                    tqdm.tqdm.write(f"{item['id']} {density:.0%} {name}: KL {kl:.4f}, log-perplexity {nll - base:+.4f}")
     rows = []
     print("| density | " + " | ".join(VARIANTS) + " |\n" + "|---" * (1 + len(VARIANTS)) + "|")
     for density, found in errors.items():
@@ -156,7 +221,7 @@ def main():
         rows.append({"density": density, **means})
         print(f"| {density:.0%} | " + " | ".join(f"{means[name]:.3f}" for name in VARIANTS) + " |")
     if args.json:
-        Path(args.json).write_text(json.dumps({"texts": len(items), "tokens": args.tokens, "rows": rows}, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps({"texts": len(items), "tokens": args.tokens, "rows": rows, "whole": whole}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
