@@ -221,7 +221,8 @@ def main():
         rows.append({"density": density, **means})
         print(f"| {density:.0%} | " + " | ".join(f"{means[name]:.3f}" for name in VARIANTS) + " |")
     if args.json:
-        Path(args.json).write_text(json.dumps({"texts": len(items), "tokens": args.tokens, "rows": rows, "whole": whole}, indent=1) + "\n")
+        result = {"texts": len(items), "tokens": args.tokens, "rows": rows, "whole": whole}
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
