@@ -163,6 +163,7 @@ absl::StatusOr<ModelInfo> FromProto(const v1::ModelInfo& p) {
     preset.density = x.density();
     preset.perplexity_change_mean = x.perplexity_change_mean();
     preset.perplexity_change_median = x.perplexity_change_median();
+    preset.perplexity_change_worst = x.perplexity_change_worst();
     preset.measured_on = x.measured_on();
   }
   return info;

@@ -126,7 +126,8 @@ struct PresetInfo {
   std::map<std::string, double> parameters;
   /// As measured on `measured_on`: share of pairs read, and the change of perplexity against dense
   /// as a ratio.
-  double density = 0, perplexity_change_mean = 0, perplexity_change_median = 0;
+  double density = 0;
+  double perplexity_change_mean = 0, perplexity_change_median = 0, perplexity_change_worst = 0;
   std::string measured_on;
 };
 

@@ -157,6 +157,7 @@ std::string InfoJson(const client::ModelInfo& info) {
                        {"density", p.density},
                        {"perplexity_change_mean", p.perplexity_change_mean},
                        {"perplexity_change_median", p.perplexity_change_median},
+                       {"perplexity_change_worst", p.perplexity_change_worst},
                        {"measured_on", p.measured_on}});
   }
   return Dump({{"model_name", info.model_name},
@@ -199,12 +200,12 @@ std::string InfoText(const client::ModelInfo& info) {
   }
   for (const client::PresetInfo& p : info.presets) {
     absl::StrAppend(
-        &out,
-        Line("preset",
-             absl::StrFormat("%s: %s (%s), density %.3f, perplexity %+.1f %% (median text "
-                             "%+.1f %%)",
-                             p.name, p.method, ParametersText(p.parameters), p.density,
-                             100 * p.perplexity_change_mean, 100 * p.perplexity_change_median)));
+        &out, Line("preset",
+                   absl::StrFormat("%s: %s (%s), density %.3f, perplexity %+.1f %% (median text "
+                                   "%+.1f %%, worst text %+.0f %%)",
+                                   p.name, p.method, ParametersText(p.parameters), p.density,
+                                   100 * p.perplexity_change_mean, 100 * p.perplexity_change_median,
+                                   100 * p.perplexity_change_worst)));
   }
   if (!info.presets.empty()) {
     absl::StrAppend(&out, Line("", absl::StrCat("measured on ", info.presets[0].measured_on)));

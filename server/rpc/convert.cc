@@ -92,6 +92,7 @@ v1::PresetInfo ToProto(const attention::PresetEntry& preset) {
   proto.set_density(preset.density);
   proto.set_perplexity_change_mean(preset.loss_mean / 100);
   proto.set_perplexity_change_median(preset.loss_median / 100);
+  proto.set_perplexity_change_worst(preset.loss_worst / 100);
   proto.set_measured_on(attention::kPresetsMeasuredOn);
   return proto;
 }

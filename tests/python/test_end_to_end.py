@@ -157,7 +157,8 @@ def test_presets(server, prompts):
         densities = []
         for name, preset in presets.items():
             assert (preset.method, dict(preset.parameters).keys()) == ("vsprefill", {"threshold"})
-            assert 0 < preset.perplexity_change_median < preset.perplexity_change_mean < 1
+            assert 0 < preset.perplexity_change_median < preset.perplexity_change_worst
+            assert 0 < preset.perplexity_change_mean < preset.perplexity_change_worst
             kv = client.prefill(ids, preset=name)
             assert kv.method == "vsprefill" and kv.method_parameters["threshold"] == preset.parameters["threshold"]
             assert kv.stats.dense_fallback_layers < kv.layout.num_layers

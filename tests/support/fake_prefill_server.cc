@@ -191,6 +191,7 @@ grpc::Status FakePrefillServer::GetModelInfo(grpc::ServerContext* context,
   preset.set_density(0.25);
   preset.set_perplexity_change_mean(0.0625);
   preset.set_perplexity_change_median(0.03125);
+  preset.set_perplexity_change_worst(0.5);
   preset.set_measured_on("a model");
   return grpc::Status::OK;
 }

@@ -467,6 +467,7 @@ TEST(PresetsTest, AreOrderedAndBalancedIsTheDefault) {
     EXPECT_LT(kPresets[i].density, kPresets[i - 1].density);
     EXPECT_GT(kPresets[i].loss_mean, kPresets[i - 1].loss_mean);
     EXPECT_GT(kPresets[i].loss_median, kPresets[i - 1].loss_median);
+    EXPECT_GT(kPresets[i].loss_worst, kPresets[i - 1].loss_worst);
   }
   std::string method;
   std::map<std::string, double> parameters;

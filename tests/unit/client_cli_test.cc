@@ -395,11 +395,12 @@ TEST_F(CliTest, InfoAndLoad) {
             nlohmann::json::parse(R"([{"name": "safe", "method": "vsprefill", "density": 0.25,
                                        "parameters": {"threshold": 1.5}, "measured_on": "a model",
                                        "perplexity_change_mean": 0.0625,
-                                       "perplexity_change_median": 0.03125}])"));
+                                       "perplexity_change_median": 0.03125,
+                                       "perplexity_change_worst": 0.5}])"));
   const CliRun text = Cli({"info", "--server", server.address()});
   EXPECT_THAT(text.out, HasSubstr("vsprefill (default): vertical-slash"));
   EXPECT_THAT(text.out, HasSubstr("safe: vsprefill (threshold=1.5), density 0.250, perplexity "
-                                  "+6.2 % (median text +3.1 %)"));
+                                  "+6.2 % (median text +3.1 %, worst text +50 %)"));
   EXPECT_THAT(text.out, HasSubstr("measured on a model"));
   EXPECT_THAT(text.out, HasSubstr("threshold = 2.5, in [0, 100]: mass per cost"));
   const nlohmann::json load =
