@@ -67,13 +67,14 @@ inline bool SupportedIndex(const AttentionShape& shape, const AttentionSequence&
 inline int DenseRowParts(int64_t dense_from) {
   return static_cast<int>(std::clamp<int64_t>(dense_from / 1024, 1, 8));
 }
-/// Bytes of the workspace of a sequence, or a chunk of one, of up to `kv_tokens` tokens. 0: there
-/// is nothing to spread, or there are so many dense row tiles that they fill a device by
-/// themselves.
+/// Bytes of the workspace of a sequence of `kv_tokens` tokens, or of any chunk of it. 0: there is
+/// nothing to spread, so many dense row tiles fill a device by themselves, or the kernel that
+/// spreads them does not know the shape.
 inline int64_t AttentionWorkspaceBytes(const AttentionShape& shape, int num_groups,
                                        int64_t dense_from, int64_t kv_tokens) {
   constexpr int64_t kMostTiles = 128;
-  if (dense_from < 0 || dense_from >= kv_tokens || DenseRowParts(dense_from) == 1) return 0;
+  if (shape.dtype != DType::kBF16 || (shape.head_dim != 64 && shape.head_dim != 128)) return 0;
+  if (dense_from < 0 || dense_from > kv_tokens || DenseRowParts(dense_from) == 1) return 0;
   const int row_tile = RowTilePositions(shape.num_q_heads / num_groups);
   const int64_t tiles = num_groups * ((kv_tokens - 1) / row_tile + 1 - dense_from / row_tile);
   if (tiles > kMostTiles) return 0;

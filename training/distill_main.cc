@@ -52,7 +52,7 @@ ABSL_FLAG(double, max_seconds, 0,
 ABSL_FLAG(int64_t, texts_per_step, 4, "texts whose gradients are added before each step");
 ABSL_FLAG(std::vector<std::string>, lengths, std::vector<std::string>({"8192"}),
           "text lengths in tokens, mixed evenly; the longest that is served, alone, teaches best, "
-          "shorter prompts included (docs/results/ablations.md)");
+          "shorter prompts included (docs/results/indexer_smollm2.md)");
 ABSL_FLAG(double, learning_rate, 1e-3, "peak of the schedule: linear warm-up, then cosine");
 ABSL_FLAG(int64_t, warmup_steps, 20, "steps of the warm-up");
 ABSL_FLAG(double, weight_decay, 0, "AdamW's decoupled weight decay");

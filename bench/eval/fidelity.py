@@ -4,8 +4,9 @@
   fidelity.py                         within an hour on two cores: 4,096 tokens, five densities, tasks at 10 and 20 %
   fidelity.py --full [--device cuda]  what the goals are judged on: 8,192 tokens, all held-out texts, all tasks
 
-Interrupted runs go on where they were (same --out). The stages can run on different machines: --stage prepare and
---stage report need the model's tokenizer and the corpus, --stage run vsprefill-eval and tokenizer.json.
+Interrupted runs go on where they were (same --out, --gpus and --shards). The stages can run on different machines:
+--stage prepare and --stage report need the model's tokenizer and the corpus, --stage run vsprefill-eval and
+tokenizer.json.
 Text comes from training/corpus/fetch_corpus.sh (Debian packages; fetched once into build/corpus unless --documents
 names its documents.jsonl); only documents that the indexer's training held out are used. Method list: methods.json.
 """
@@ -253,8 +254,12 @@ def count_lines(paths):
 
 def environment(gpu):
     """This process's, for a child that sees the gpu-th of the GPUs seen here."""
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return os.environ | {"CUDA_VISIBLE_DEVICES": seen.split(",")[gpu] if seen else str(gpu)}
+    return os.environ | {"CUDA_VISIBLE_DEVICES": (visible_gpus() or [str(g) for g in range(gpu + 1)])[gpu]}
+
+
+def visible_gpus():
+    """What CUDA_VISIBLE_DEVICES names; empty: it does not restrict."""
+    return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
 
 
 def run_stage(args, out, name, plan_name, shards):
@@ -322,11 +327,16 @@ def main():
     parser.add_argument("--no_texts", action="store_true")
     parser.add_argument("--no_tasks", action="store_true")
     parser.add_argument("--program", default=str(ROOT / "build/bin/vsprefill-eval"))
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the work")
-    parser.add_argument("--shards", type=int, default=1, help="processes that share the tasks (on a GPU: 4 each)")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the work (--device cuda)")
+    parser.add_argument("--shards", type=int, help="processes for the tasks (default: --gpus; on a GPU more pay)")
     parser.add_argument("--max_seconds", type=float, default=0, help="each stage begins no text or prompt after these")
     args = parser.parse_args()
     args.preset = args.preset or "default"
+    args.shards = args.shards or args.gpus
+    if args.device == "cpu" and args.gpus != 1:
+        parser.error("--gpus is for --device cuda")
+    if visible_gpus() and args.gpus > len(visible_gpus()):
+        parser.error(f"--gpus {args.gpus}: CUDA_VISIBLE_DEVICES names {len(visible_gpus())}")
     preset = PRESETS[args.preset]
     preset.tasks = args.tasks if args.tasks is not None else preset.tasks
     preset.task_lengths = args.task_lengths or preset.task_lengths

@@ -32,13 +32,16 @@ absl::Status Execute(const MethodContext& context, const AttentionCall& call) {
   for (const SequenceCall& sequence : call.sequences) sequences.push_back(sequence.attention);
   const bool dense = std::all_of(sequences.begin(), sequences.end(),
                                  [](const auto& sequence) { return sequence.dense(); });
-  if (dense && context.library_attention && !IsDecodingBatch(sequences)) {
+  const bool library = dense && context.library_attention;
+  kernels::KernelStatus status = kernels::KernelStatus::kUnsupportedShape;
+  if (!library || IsDecodingBatch(sequences)) {
+    status = context.kernels->attention(call.shape, sequences.data(),
+                                        static_cast<int>(sequences.size()), call.stream);
+  }
+  if (library && status == kernels::KernelStatus::kUnsupportedShape) {
     VSP_RETURN_IF_ERROR(context.library_attention(call.shape, sequences, call.stream));
   } else {
-    VSP_RETURN_IF_ERROR(FromKernelStatus(
-        context.kernels->attention(call.shape, sequences.data(), static_cast<int>(sequences.size()),
-                                   call.stream),
-        Describe("attention", call.shape)));
+    VSP_RETURN_IF_ERROR(FromKernelStatus(status, Describe("attention", call.shape)));
   }
   if (call.probe != nullptr) call.probe->Observe(call.shape, sequences[0]);
   for (const SequenceCall& sequence : call.sequences) {

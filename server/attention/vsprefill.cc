@@ -79,13 +79,14 @@ class VsPrefill : public SparseMethod {
   }
 
  private:
-  /// Gives sequence i memory with which the device may spread the prompt's dense last rows.
+  /// Gives sequence i memory with which the device may spread the prompt's dense last rows: every
+  /// chunk, for a row tile that reaches dense_from may begin in an earlier one.
   absl::Status SpreadDenseRows(const AttentionCall& call, size_t i, int64_t dense_from) {
     SequenceCall& sequence = call.sequences[i];
     const int64_t bytes = kernels::AttentionWorkspaceBytes(call.shape, call.shape.num_kv_heads,
                                                            dense_from, sequence.prompt_tokens);
     sequence.attention.workspace = nullptr;
-    if (bytes == 0 || sequence.attention.kv_tokens <= dense_from) return absl::OkStatus();
+    if (bytes == 0) return absl::OkStatus();
     while (dense_rows_.size() <= i) dense_rows_.emplace_back();
     if (dense_rows_[i].bytes() < bytes) {
       VSP_ASSIGN_OR_RETURN(dense_rows_[i], Buffer::Create(*context().allocator, bytes));

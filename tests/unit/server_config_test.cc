@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "server/attention/preset_table.h"
 #include "server/rpc/allow_list.h"
 
 namespace vsprefill {
@@ -41,7 +43,13 @@ TEST(ServerConfigTest, APresetSetsWhatSetLeavesOpen) {
   EXPECT_TRUE(absl::StrContains(other.status().message(), "\"vsprefill\" or none"));
   const auto unknown = config::ParseServerConfig({"--model", "m", "--preset", "turbo"});
   EXPECT_TRUE(absl::StrContains(unknown.status().message(), "safe, balanced, fast"));
-  EXPECT_TRUE(absl::StrContains(config::ServerUsage(), "safe: density 0.22, perplexity +6.9 %"));
+  for (const attention::PresetEntry& preset : attention::kPresets) {
+    EXPECT_TRUE(absl::StrContains(
+        config::ServerUsage(),
+        absl::StrCat("  ", preset.name, ": ", attention::ExpectedLoss(preset), "\n")));
+  }
+  EXPECT_EQ(attention::ExpectedLoss({"some", 2, 0.217, 2.25, 2.34, 71.1}),
+            "density 0.22, perplexity +2.2 % (median text +2.3 %, worst text +71 %)");
 }
 
 TEST(ServerConfigTest, Bytes) {

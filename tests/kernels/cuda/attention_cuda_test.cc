@@ -262,7 +262,8 @@ TEST(AttentionCuda, ChunksOfSpreadRowsEqualTheWhole) {
   const auto whole = p.out_device.Download<char>();
   ASSERT_EQ(cudaMemset(p.out_device.data(), 0xff, whole.size()), cudaSuccess);
   for (const auto& [begin, end] :
-       {std::pair{0, 2050}, std::pair{2050, 3244}, std::pair{3244, 3300}}) {
+       // 3235: inside the row tile that reaches dense_from, before dense_from itself.
+       {std::pair{0, 2050}, std::pair{2050, 3235}, std::pair{3235, 3244}, std::pair{3244, 3300}}) {
     AttentionSequence chunk = p.device;
     chunk.q = p.q_device.as<uint16_t>() + begin * chunk.q_token_stride;
     chunk.out = p.out_device.as<uint16_t>() + begin * chunk.out_token_stride;
@@ -272,6 +273,20 @@ TEST(AttentionCuda, ChunksOfSpreadRowsEqualTheWhole) {
     ASSERT_TRUE(testing::Synchronize());  // one workspace
   }
   EXPECT_EQ(p.out_device.Download<char>(), whole);
+}
+
+// An index per query head has row tiles of 128 positions.
+TEST(AttentionCuda, SpreadRowsOfAnIndexPerQueryHeadEqualReference) {
+  Problem p({"", 4, 2, 64, 400, 4000, kDense, 0}, DType::kBF16, 12);
+  std::mt19937 rng(12);
+  HostIndex index(4, 4000, RowTilePositions(1), 0.05, 0.05, 3900, rng);
+  p.host.index = &index.host;
+  p.device.index = &index.device;
+  p.workspace = DeviceBuffer(AttentionWorkspaceBytes(p.shape, 4, 3900, 4000));
+  p.device.workspace = p.workspace.data();
+  ASSERT_NE(p.device.workspace, nullptr);
+  ASSERT_EQ(AttentionRef(p.shape, &p.host, 1, nullptr), KernelStatus::kOk);
+  ExpectReference(p, cuda::KernelChoice::kFastest, "index per query head");
 }
 
 // Sequences with spread rows, with none, and one without a workspace: nobody's bits depend on who
