@@ -1,7 +1,7 @@
 """How faithful are the attention methods? One command: prepares texts and tasks, runs vsprefill-eval, writes a report.
 
-  fidelity.py --quick                 a few minutes on two cores: 2,048 tokens, two densities, three short tasks
-  fidelity.py                         within an hour on two cores: 4,096 tokens, five densities, tasks at 10 and 20 %
+  fidelity.py --quick                 within five minutes on two cores: 1,280 tokens, one density, three short tasks
+  fidelity.py                         within an hour on two cores: 3,072 tokens, five densities, tasks at 10 and 20 %
   fidelity.py --full [--device cuda]  what the goals are judged on: 8,192 tokens, all held-out texts, all tasks
 
 Interrupted runs go on where they were (same --out, --gpus and --shards). The stages can run on different machines:
@@ -56,10 +56,10 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(2048, [0.2, 0.3], 1, 32, 16, 1, ["single", "question_first", "multikey"], [1024], 2, [0.3], 1, 2,
+    "quick": Preset(1280, [0.3], 1, 32, 16, 1, ["single", "question_first", "multikey"], [1024], 2, [0.3], 1, 2,
                     0.04, 3),
-    "default": Preset(4096, ALL_DENSITIES, 1, 64, 8, 1,
-                      ["single", "question_first", "multikey", "multivalue", "variables"], [2048, 1024], 8, [0.1, 0.2],
+    "default": Preset(3072, ALL_DENSITIES, 1, 48, 8, 1,
+                      ["single", "question_first", "multikey", "multivalue", "variables"], [2048, 1024], 4, [0.1, 0.2],
                       1, 4, 0.02, 5),
     "full": Preset(8192, ALL_DENSITIES, 12, 256, 4, 10, list(tasks.TASKS), [8192, 4096, 2048], 40, ALL_DENSITIES, 3, 12,
                    0.01, 8),
