@@ -41,9 +41,9 @@ struct AttentionSequence {
   const SparseIndexView* index = nullptr;
   const TileIndexView* tiles = nullptr;
   /// With an index whose rows from dense_from on are dense: AttentionWorkspaceBytes of device
-  /// memory, 256-byte aligned, this sequence's alone until the launch has run. CUDA on compute
-  /// capability 9.0 then spreads each such row tile over several multiprocessors, which changes its
-  /// rounding. Null: nothing is spread. Others ignore it.
+  /// memory, 256-byte aligned, this sequence's alone until the launch has run; null where that is
+  /// 0. CUDA on compute capability 9.0 then spreads each such row tile over several
+  /// multiprocessors, which changes its rounding. Null: nothing is spread. Others ignore it.
   void* workspace = nullptr;
   bool dense() const { return index == nullptr && tiles == nullptr; }
 };

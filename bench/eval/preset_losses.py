@@ -11,6 +11,7 @@ interrupted.
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ from pathlib import Path
 import fidelity
 import report
 
-THRESHOLDS = {"safe": 1.8, "balanced": 2.8, "fast": 3.6}
+TABLE = fidelity.ROOT / "server/attention/preset_table.h"
+THRESHOLDS = {name: float(threshold)
+              for name, threshold in re.findall(r'\{"(\w+)", ([0-9.]+),', TABLE.read_text(encoding="utf-8"))}
 
 
 def main():

@@ -95,7 +95,7 @@ int64_t NumberItems(AttentionBatch& batch) {
   int64_t items = 0;
   for (SequenceParams* p = batch.sequences; p != batch.sequences + batch.num_sequences; ++p) {
     p->item_begin = static_cast<int32_t>(items);
-    items += (int64_t{p->num_tiles} + p->dense_tiles * (p->dense_parts - 1)) * batch.num_groups;
+    items += (p->num_tiles + int64_t{p->dense_tiles} * (p->dense_parts - 1)) * batch.num_groups;
   }
   return items;
 }

@@ -232,47 +232,41 @@ TEST(AttentionCuda, SelectingEverythingEqualsDense) {
   }
 }
 
-// Row tiles are aligned to position 0, so chunks give the bits of the whole.
-TEST(AttentionCuda, SmallChunksEqualTheWhole) {
-  for (double vertical : {kDense, 0.15}) {
-    Problem p({"", 9, 3, 64, 430, 430, vertical, 0.2}, DType::kBF16, 6);
-    ASSERT_EQ(AttentionCuda(p.shape, &p.device, 1, nullptr), KernelStatus::kOk);
-    ASSERT_TRUE(testing::Synchronize());
-    const auto whole = p.out_device.Download<char>();
-    ASSERT_EQ(cudaMemset(p.out_device.data(), 0xff, whole.size()), cudaSuccess);
-    for (const auto& [begin, end] : {std::pair{0, 1}, std::pair{1, 130}, std::pair{130, 430}}) {
-      AttentionSequence chunk = p.device;
-      chunk.q = p.q_device.as<uint16_t>() + begin * chunk.q_token_stride;
-      chunk.out = p.out_device.as<uint16_t>() + begin * chunk.out_token_stride;
-      chunk.q_tokens = end - begin;
-      chunk.kv_tokens = end;
-      ASSERT_EQ(AttentionCuda(p.shape, &chunk, 1, nullptr), KernelStatus::kOk);
-    }
-    ASSERT_TRUE(testing::Synchronize());
-    EXPECT_EQ(p.out_device.Download<char>(), whole) << "vertical share " << vertical;
-  }
-}
-
-// Also where the dense last rows are spread, and a chunk ends inside of them.
-TEST(AttentionCuda, ChunksOfSpreadRowsEqualTheWhole) {
-  Problem p({"", 9, 3, 64, 3300, 3300, 0.05, 0.1, 3236}, DType::kBF16, 6);
-  ASSERT_NE(p.device.workspace, nullptr);
+/// Runs the problem whole, then in chunks that end at `ends`, one after the other in one workspace.
+/// Row tiles are aligned to position 0, so chunks give the bits of the whole.
+void ExpectChunksEqualTheWhole(Problem& p, const std::vector<int64_t>& ends) {
   ASSERT_EQ(AttentionCuda(p.shape, &p.device, 1, nullptr), KernelStatus::kOk);
   ASSERT_TRUE(testing::Synchronize());
   const auto whole = p.out_device.Download<char>();
   ASSERT_EQ(cudaMemset(p.out_device.data(), 0xff, whole.size()), cudaSuccess);
-  for (const auto& [begin, end] :
-       // 3235: inside the row tile that reaches dense_from, before dense_from itself.
-       {std::pair{0, 2050}, std::pair{2050, 3235}, std::pair{3235, 3244}, std::pair{3244, 3300}}) {
+  int64_t begin = 0;
+  for (const int64_t end : ends) {
     AttentionSequence chunk = p.device;
     chunk.q = p.q_device.as<uint16_t>() + begin * chunk.q_token_stride;
     chunk.out = p.out_device.as<uint16_t>() + begin * chunk.out_token_stride;
     chunk.q_tokens = end - begin;
     chunk.kv_tokens = end;
     ASSERT_EQ(AttentionCuda(p.shape, &chunk, 1, nullptr), KernelStatus::kOk);
-    ASSERT_TRUE(testing::Synchronize());  // one workspace
+    begin = end;
   }
+  ASSERT_TRUE(testing::Synchronize());
   EXPECT_EQ(p.out_device.Download<char>(), whole);
+}
+
+TEST(AttentionCuda, SmallChunksEqualTheWhole) {
+  for (double vertical : {kDense, 0.15}) {
+    SCOPED_TRACE(vertical);
+    Problem p({"", 9, 3, 64, 430, 430, vertical, 0.2}, DType::kBF16, 6);
+    ExpectChunksEqualTheWhole(p, {1, 130, 430});
+  }
+}
+
+// Also where the dense last rows are spread, and chunks end inside of them. 3235 lies inside the
+// row tile that reaches dense_from, before dense_from itself.
+TEST(AttentionCuda, ChunksOfSpreadRowsEqualTheWhole) {
+  Problem p({"", 9, 3, 64, 3300, 3300, 0.05, 0.1, 3236}, DType::kBF16, 6);
+  ASSERT_NE(p.device.workspace, nullptr);
+  ExpectChunksEqualTheWhole(p, {2050, 3235, 3244, 3300});
 }
 
 // An index per query head has row tiles of 128 positions.
