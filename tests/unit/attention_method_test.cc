@@ -426,6 +426,78 @@ TEST_P(AttentionMethodTest, OnCudaTheLengthDecidesBeforeAnythingIsSelected) {
   EXPECT_TRUE(Make("streaming_llm")->IsSparse(900));
 }
 
+/// What a kernel was called with, and what it answers.
+struct FakeAttention {
+  static inline std::vector<AttentionSequence> sequences;
+  static inline kernels::KernelStatus status;
+
+  static kernels::KernelStatus Run(const AttentionShape& /*shape*/, const AttentionSequence* first,
+                                   int count, kernels::Stream /*stream*/) {
+    sequences.insert(sequences.end(), first, first + count);
+    return status;
+  }
+  /// `base` with this instead of its attention.
+  static kernels::KernelSet In(kernels::KernelSet base) {
+    sequences.clear();
+    status = kernels::KernelStatus::kOk;
+    base.attention = Run;
+    return base;
+  }
+};
+
+// The row tile that reaches dense_from (2,236) begins at 2,226: an earlier chunk may end inside it,
+// and must compute its rows as the whole prompt does.
+TEST_P(AttentionMethodTest, OnCudaEveryChunkMaySpreadDenseRows) {
+  NominallyCuda allocator;
+  context_.allocator = &allocator;
+  const kernels::KernelSet set = FakeAttention::In(*context_.kernels);
+  context_.kernels = &set;
+  Prompt prompt(2300, 41);
+  auto method = Make("vsprefill", {{"dense_below", 0}});
+  AttentionCall call;
+  call.shape = MakeShape();
+  for (const bool known_to_the_kernel : {true, false}) {
+    call.shape.dtype = kernels::DType::kBF16;
+    call.shape.head_dim = known_to_the_kernel ? 64 : 80;
+    FakeAttention::sequences.clear();
+    for (const auto& [begin, end] : {std::pair{0, 1000}, {1000, 2235}, {2235, 2300}}) {
+      std::vector<SequenceCall> sequences = {prompt.Chunk(begin, end, nullptr)};
+      call.sequences = absl::MakeSpan(sequences);
+      ASSERT_TRUE(method->Attend(call).ok());
+    }
+    ASSERT_EQ(FakeAttention::sequences.size(), 3);
+    for (const AttentionSequence& sequence : FakeAttention::sequences) {
+      EXPECT_EQ(sequence.workspace != nullptr, known_to_the_kernel) << sequence.kv_tokens;
+    }
+  }
+}
+
+TEST_P(AttentionMethodTest, ADecodingBatchIsOneLaunchWhereTheKernelKnowsTheShape) {
+  int library_calls = 0;
+  context_.library_attention = [&](const AttentionShape&, absl::Span<const AttentionSequence>,
+                                   kernels::Stream) {
+    ++library_calls;
+    return absl::OkStatus();
+  };
+  const kernels::KernelSet set = FakeAttention::In(*context_.kernels);
+  context_.kernels = &set;
+  Prompt prompt(50, 42);
+  auto method = Make("dense");
+  const SequenceCall row = prompt.Chunk(49, 50, nullptr);
+  EXPECT_TRUE(Attend(*method, {row}).ok()) << "one sequence: the library's";
+  EXPECT_EQ(FakeAttention::sequences.size(), 0);
+  EXPECT_EQ(library_calls, 1);
+  EXPECT_TRUE(Attend(*method, {row, row}).ok());
+  EXPECT_EQ(FakeAttention::sequences.size(), 2);
+  EXPECT_EQ(library_calls, 1);
+  FakeAttention::status = kernels::KernelStatus::kUnsupportedShape;
+  EXPECT_TRUE(Attend(*method, {row, row}).ok());
+  EXPECT_EQ(library_calls, 2);
+  FakeAttention::status = kernels::KernelStatus::kDeviceError;
+  EXPECT_FALSE(Attend(*method, {row, row}).ok());
+  EXPECT_EQ(library_calls, 2);
+}
+
 TEST(CrossoverTest, WideModelsPaySoonerOnCuda) {
   // As measured: SmolLM2's shape between 4,096 and 8,192 tokens, Llama-3.1-8B's before 2,048.
   EXPECT_GT(CudaMinTokens(9, 64), 4096);
