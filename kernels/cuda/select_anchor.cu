@@ -1,7 +1,6 @@
 // AnchorAttention's selection, the same sets as on the CPU bit for bit. First a block per (row
 // tile, head), a thread per row: the tile's blocks, its anchor and its mean query. Then a block per
-// (128 columns, set, head), a thread per column: the columns that come near an anchor. Compiled
-// only so far, not run.
+// (128 columns, set, head), a thread per column: the columns that come near an anchor.
 #include "kernels/cuda/exact_dot.cuh"
 #include "kernels/cuda/launch.h"
 

@@ -1,6 +1,5 @@
 // Block means and FlashPrefill's selection, the same sets as on the CPU bit for bit: scores are
-// plain float32 chains on CUDA cores, not tensor cores. Right before fast. Compiled only so far,
-// not run.
+// plain float32 chains on CUDA cores, not tensor cores. Right before fast.
 //
 // PoolBlocks: one thread block per (key block, KV head), a thread per element of the head.
 // SelectFlash: one thread block per (row tile, index group), a thread per packed row, whose query

@@ -3,7 +3,6 @@
 //
 // The sums of last_rows.cuh; mean keys (PoolBlocks); mean queries of the row tiles and of the last
 // rows; the softmax of each with the mean keys; then a block per head that decides and writes.
-// Compiled only so far, not run.
 #include "kernels/cuda/last_rows.cuh"
 #include "kernels/cuda/top_values.cuh"
 

@@ -1,6 +1,5 @@
 // MInference's vertical-slash selection, the same sets as on the CPU bit for bit: the sums of
-// last_rows.cuh, then one block per (head, columns or offsets) that takes the largest. Compiled
-// only so far, not run.
+// last_rows.cuh, then one block per (head, columns or offsets) that takes the largest.
 #include "kernels/cuda/last_rows.cuh"
 #include "kernels/cuda/top_values.cuh"
 

@@ -1,5 +1,4 @@
-// StreamingLLM's pattern: one block per KV group writes the lists and the bits. Compiled only so
-// far, not run.
+// StreamingLLM's pattern: one block per KV group writes the lists and the bits.
 #include "kernels/cuda/launch.h"
 #include "kernels/query_selection_math.h"
 

@@ -1,7 +1,7 @@
 // XAttention's selection, the same sets as on the CPU bit for bit: a block per (row tile, head), a
 // thread per strided key, eight strided queries at a time. Three passes over the keys: the queries'
 // largest logits, the sums of their weights, and the blocks' sums of shares. On CUDA cores and
-// without storing a score: right before fast. Compiled only so far, not run.
+// without storing a score: right before fast.
 #include "kernels/cuda/exact_dot.cuh"
 #include "kernels/cuda/launch.h"
 

@@ -42,7 +42,6 @@ __device__ __forceinline__ void Mask(float (&s)[kColumns / 2], const int32_t* co
       if (static_cast<uint32_t>(pair.y) > limit[half]) s[n * 4 + half * 2 + 1] = -INFINITY;
     }
   }
-  __syncwarp();  // before the warp's leader gives the columns back
 }
 
 /// Running maximum and sum of the thread's two rows. The sum covers this thread's columns only.
@@ -215,6 +214,7 @@ __device__ __forceinline__ void Consume(const AttentionBatchSm90& batch, Shared<
   const bool sender = consumer == 1 && thread == 0;
   const float scale_log2 = batch.base.scale * kLog2E;
   const auto release = [&](uint64_t& barrier) {
+    __syncwarp();  // all lanes have read what their leader gives back: plan and columns, too
     if (warp_leader) BarrierArrive(SharedAddress(&barrier));
   };
 
