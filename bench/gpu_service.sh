@@ -3,20 +3,21 @@
 # SmolLM2 and of a Llama-3.1-8B-shaped random model. Logs and JSON go to $OUT (default gpu_out).
 #
 #   bench/gpu_service.sh DIR [MODEL IDS]    DIR: bin/ and lib/ from bench/pack_gpu.sh, or a build folder;
-#                                           MODEL: SmolLM2 directory with its indexer; IDS: a real prompt's ids
+#                                           MODEL: SmolLM2 directory with its indexer; IDS: a real prompt's ids,
+#                                           8,000 or more for `rules`
 #
-# PARTS="smoke check smollm2 llama8b whole8b" picks parts. `smoke` (a tiny random model) and the 8B-shaped parts make
+# PARTS="smoke check rules smollm2 llama8b whole8b" picks parts. `smoke` (a tiny random model) and the 8B-shaped parts make
 # their own model and need no MODEL. RANDOM_MODEL is where the 8B-shaped one is or will be (17 GB).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 dir=$1 model=${2:-} ids=${3:-}
 out=${OUT:-gpu_out}
 python=${PYTHON:-python3}
-parts=${PARTS:-smoke ${model:+check smollm2 }llama8b whole8b}
+parts=${PARTS:-smoke ${model:+check rules smollm2 }llama8b whole8b}
 random_model=${RANDOM_MODEL:-/tmp/llama-3.1-8b-random}
 mkdir -p "$out"
-if [ -z "$model" ] && [[ " $parts " == *" check "* || " $parts " == *" smollm2 "* ]]; then
-  echo "gpu_service.sh: the parts check and smollm2 need MODEL and IDS" >&2
+if [ -z "$model" ] && [[ " $parts " =~ \ (check|rules|smollm2)\  ]]; then
+  echo "gpu_service.sh: the parts check, rules and smollm2 need MODEL and IDS" >&2
   exit 2
 fi
 torch=$("$python" -c 'import torch; print(torch.__path__[0])') || exit 1
@@ -25,7 +26,7 @@ for folder in "$(dirname "$torch")"/nvidia/*/lib; do libraries+=:$folder; done
 export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 failed=0
 
-# with_server FLAGS... -- COMMAND...: COMMAND with $server, the address of a server of its own.
+# with_server FLAGS... -- COMMAND...: COMMAND with $server and $metrics, the addresses of a server of its own.
 with_server() {
   local flags=()
   while [ "$1" != -- ]; do flags+=("$1"); shift; done
@@ -34,6 +35,7 @@ with_server() {
   local pid=$!
   for _ in $(seq 300); do
     server=$(sed -n 's/^listening on //p' "$out/server.out")
+    metrics=$(sed -n 's/^metrics on //p' "$out/server.out")
     if [ -n "$server" ] || ! kill -0 $pid 2>/dev/null; then break; fi
     sleep 0.2
   done
@@ -76,6 +78,17 @@ compare() {
   rm -f "$out"/*.safetensors
 }
 
+# rules: the fall-back to dense attention by length, and the recall probe: what a request's summary and the metrics say.
+# shellcheck disable=SC2329  # called through with_server
+rules() {
+  for tokens in 4000 6000 8000; do
+    "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))[:int(sys.argv[2])])' "$ids" "$tokens" |
+      "$dir/bin/vsprefill" prefill --server "$server" --ids - --preset balanced --json >"$out/rules.$tokens.json" || return 1
+  done
+  sleep 1 # the probe comes after its request
+  "$python" bench/check_rules.py "$metrics" "$out"/rules.*.json
+}
+
 # make_random_model SHAPE DIR: makes it unless it is there.
 make_random_model() {
   if [ ! -f "$2/indexer.safetensors" ]; then
@@ -93,6 +106,10 @@ if [[ " $parts " == *" smoke "* ]]; then
   rm -rf "$tiny"
 fi
 if [[ " $parts " == *" check "* ]]; then compare bf16; fi
+if [[ " $parts " == *" rules "* ]]; then
+  echo "== SmolLM2-135M, bf16, GPU: fall-back to dense attention, recall probe"
+  with_server --model "$model" --device cuda --recall_probe_every 1 -- rules
+fi
 if [[ " $parts " == *" smollm2 "* ]]; then
   echo "== SmolLM2-135M, bf16, GPU"
   "$python" bench/service_bench.py --bin "$dir/bin" --model "$model" --ids "$ids" --methods dense,vsprefill \

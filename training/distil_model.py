@@ -106,6 +106,10 @@ def joined(values):
     return ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
 
 
+LEAST_DIFFERENCE = 3.0  # seconds between a trial of one step and one of more steps
+MOST_TRIAL_STEPS = 48
+
+
 def estimate(distill, log):
     """Times of a few texts at the shortest and the longest length, carried over to the whole run."""
     args, trial = distill.args, distill.args.out / "trial.safetensors"
@@ -113,13 +117,22 @@ def estimate(distill, log):
     # Ends once the model is loaded: there is no such indexer.
     load = distill(log, *distill.evaluation(args.out / "none.safetensors", 1, lengths), may_fail=True).seconds
     per_text, peak, fixed = {}, 0, 0.0
+
+    def train(steps, length):
+        nonlocal peak
+        outcome = distill(log, *distill.training(trial, steps, 1, [length]), "--scale_texts", 0)
+        peak = max(peak, outcome.peak_bytes)
+        return outcome.seconds
+
     for length in lengths:
-        runs = {}
-        for steps in (1, 3):
-            runs[steps] = distill(log, *distill.training(trial, steps, 1, [length]), "--scale_texts", 0)
-            peak = max(peak, runs[steps].peak_bytes)
-        per_text[length] = max(1e-3, (runs[3].seconds - runs[1].seconds) / 2)
-        fixed = runs[1].seconds - per_text[length]  # loading, and the features of four texts
+        one, steps = train(1, length), 3
+        more = train(steps, length)
+        # On a GPU two texts take less than loading varies by.
+        while more - one < LEAST_DIFFERENCE and steps < MOST_TRIAL_STEPS:
+            steps *= 4
+            more = train(steps, length)
+        per_text[length] = max(1e-3, (more - one) / (steps - 1))
+        fixed = one - per_text[length]  # loading, and the features of four texts
     short, long = lengths[0], lengths[-1]
     # Time of a text = a n + b n^2: linear layers and attention.
     b = 0.0

@@ -271,11 +271,14 @@ def run_stage(args, out, name, plan_name, shards):
     plan = json.loads((out / plan_name).read_text(encoding="utf-8"))
     results = [out / (f"results.{name}.jsonl" if shards == 1 else f"results.{name}.{k}.jsonl") for k in range(shards)]
     log = out / "run.log"
+    # Each process would take all cores for what runs on the CPU; OpenMP threads that outnumber them mostly wait.
+    threads = max(1, len(os.sched_getaffinity(0)) // shards)
     with open(log, "a", encoding="utf-8") as f:
         processes = [subprocess.Popen(
             [str(args.program), "--model", str(args.model), "--device", args.device, "--plan", str(out / plan_name),
              "--items", str(out / f"items.{name}.jsonl"), "--results", str(path), "--shard", f"{k}/{shards}",
-             "--max_seconds", str(args.max_seconds), *(["--indexer", args.indexer] if args.indexer else [])],
+             "--threads", str(threads), "--max_seconds", str(args.max_seconds),
+             *(["--indexer", args.indexer] if args.indexer else [])],
             stdout=f, stderr=f, env=environment(k % args.gpus) if args.device == "cuda" else None)
             for k, path in enumerate(results)]
     total = expected_lines(plan, items) + shards - 1

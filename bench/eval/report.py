@@ -43,13 +43,15 @@ class Data:
     def __init__(self, folder, decode):
         self.facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         self.plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-        self.device = {}
+        self.devices = {}  # stage -> where its results come from; several if it was resumed elsewhere
         self.dense = {}  # item -> line
         self.lines = {}  # (method, wanted) -> {item: line}
         for path in sorted(folder.glob("results.*.jsonl")):
             for line in read_lines(path):
                 if line["method"] == "device":
-                    self.device = line
+                    found = self.devices.setdefault(path.name.split(".")[1], [])
+                    if (where := f"{line['device']}, {line['dtype']}") not in found:
+                        found.append(where)
                 elif "probe" in path.name:
                     continue  # what dense can do, not what is compared
                 elif line["method"] == "dense":
@@ -298,8 +300,8 @@ def markdown(data, summary):
     out = [f"# Fidelity of {data.facts['model']}: {data.facts['preset']}", "",
            f"{len(data.texts)} held-out texts of {data.facts['text_tokens']} tokens ("
            + ", ".join(f"{kind} {count}" for kind, count in kinds.items())
-           + f"), {len(data.prompts)} prompts; {data.device.get('device', 'unknown device')}, "
-           f"{data.device.get('dtype', '')}.", "",
+           + f"), {len(data.prompts)} prompts; "
+           + "; ".join(f"{stage} on {' and '.join(found)}" for stage, found in sorted(data.devices.items())) + ".", "",
            "Cells: mean over texts; `*`: the paired 95 % interval of the difference from vsprefill does not hold 0 "
            "(bold: to vsprefill's disadvantage); `≠`: reached density more than 3 % off. Mass and error are measured "
            "on the activations of dense attention, where each method's knob was set to the density on the same text; "
@@ -453,7 +455,7 @@ def write(folder, decode):
         raise SystemExit(f"error: {folder}: no result yet")
     text, task, costs = text_rows(data), task_rows(data), cost_rows(data)
     summary = {"facts": {key: value for key, value in data.facts.items() if key not in ("texts", "samples")},
-               "device": data.device, "texts": len(data.texts), "prompts": len(data.prompts), "text": text,
+               "devices": data.devices, "texts": len(data.texts), "prompts": len(data.prompts), "text": text,
                "tasks": task, "costs": costs, "dense": dense_costs(data), "goals": goals(data, text, task, costs),
                "by_kind": by_kind(data), "by_text": by_text(data), "by_layer": by_layer(data)}
     (folder / "report.json").write_text(json.dumps(rounded(summary), separators=(",", ":")) + "\n", encoding="utf-8")

@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""Checks what a server on a GPU did with three prompts of SmolLM2 (bench/gpu_service.sh, part rules): dense attention
+below the crossover (server/attention/crossover.h: 5,591 tokens), VSPrefill above it, and a recall probe of each sparse
+request.
+
+  check_rules.py METRICS_ADDRESS REPLY...      replies of `vsprefill prefill --json`
+"""
+
+import argparse
+import json
+import re
+import sys
+import urllib.request
+
+CROSSOVER = 5591
+LAYERS = 30
+SAMPLE = re.compile(r"vsprefill_attention_mass_recall_ratio_(sum|count)\{.*\} (\S+)")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("metrics")
+    parser.add_argument("replies", nargs="+")
+    args = parser.parse_args()
+    failures = []
+    for path in args.replies:
+        with open(path, encoding="utf-8") as f:
+            reply = json.load(f)
+        tokens = reply["prompt_tokens"]
+        dense = reply["dense_fallback_layers"]
+        print(f"{tokens} tokens: {dense} of {LAYERS} layers fell back, density {reply['density']:.3f}, first token "
+              f"after {1e3 * reply['ttft_seconds']:.1f} ms")
+        if tokens < CROSSOVER:
+            if dense != LAYERS or reply["density"] != 1:
+                failures.append(f"{path}: not all of its layers were computed densely")
+        elif dense or not 0.05 < reply["density"] < 0.5:
+            failures.append(f"{path}: not computed sparsely")
+    with urllib.request.urlopen(f"http://{args.metrics}/metrics", timeout=10) as page:
+        text = page.read().decode()
+    sums = {"sum": 0.0, "count": 0.0}
+    for kind, value in SAMPLE.findall(text):
+        sums[kind] += float(value)
+    if sums["count"] == 0:
+        failures.append("no recall was observed")
+    else:
+        recall = sums["sum"] / sums["count"]
+        print(f"recall probe: {sums['count']:.0f} observations (one per query head), mean {recall:.3f}")
+        if not 0.5 < recall <= 1:
+            failures.append(f"a mean recall of {recall:.3f}")
+    if failures:
+        sys.exit("\n".join(failures))
+
+
+if __name__ == "__main__":
+    main()
