@@ -499,11 +499,13 @@ TEST_P(AttentionMethodTest, ADecodingBatchIsOneLaunchWhereTheKernelKnowsTheShape
 }
 
 TEST(CrossoverTest, WideModelsPaySoonerOnCuda) {
-  // As measured: SmolLM2's shape between 4,096 and 8,192 tokens, Llama-3.1-8B's before 2,048.
-  EXPECT_GT(CudaMinTokens(9, 64), 4096);
+  // As measured (docs/results/crossover.md): where half of the pairs take 3 % longer than dense
+  // attention, and where they are faster.
+  EXPECT_GT(CudaMinTokens(9, 64), 4720);
   EXPECT_LT(CudaMinTokens(9, 64), 8192);
-  EXPECT_LT(CudaMinTokens(32, 128), 2048);
-  EXPECT_GT(CudaMinTokens(32, 128), 1024);
+  EXPECT_GT(CudaMinTokens(32, 128), 2088);
+  EXPECT_LT(CudaMinTokens(32, 128), 4096);
+  EXPECT_LT(CudaMinTokens(32, 128), CudaMinTokens(9, 64));
   EXPECT_EQ(CudaMinTokens(0, 0), 0);
 }
 
