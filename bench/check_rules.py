@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Checks what a server on a GPU did with three prompts of SmolLM2 (bench/gpu_service.sh, part rules): dense attention
-below the crossover (server/attention/crossover.h: 5,591 tokens), VSPrefill above it, and a recall probe of each sparse
+below the crossover (server/attention/crossover.h: 5,668 tokens), VSPrefill above it, and a recall probe of each sparse
 request.
 
   check_rules.py METRICS_ADDRESS REPLY...      replies of `vsprefill prefill --json`
@@ -12,7 +12,7 @@ import re
 import sys
 import urllib.request
 
-CROSSOVER = 5591
+CROSSOVER = 5668
 LAYERS = 30
 SAMPLE = re.compile(r"vsprefill_attention_mass_recall_ratio_(sum|count)\{.*\} (\S+)")
 

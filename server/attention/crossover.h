@@ -28,7 +28,7 @@ inline constexpr double kCpuPairCost = 1.0;
 /// (docs/results/crossover.md): 9 heads of 64 have 0.90 of dense's speed at 4,096 tokens and
 /// density 0.5 (1.12 at 0.2), 1.27 at 8,192; 32 heads of 128 have 0.96 to 1.01 at 2,048 tokens,
 /// which is 1.7e10, and 1.32 at 4,096.
-inline constexpr double kCudaMinDenseWork = 1.8e10;
+inline constexpr double kCudaMinDenseWork = 1.85e10;
 
 /// The shortest prompt for which an index pays on CUDA; 0 where the width is not known.
 inline int64_t CudaMinTokens(int num_q_heads, int head_dim) {
