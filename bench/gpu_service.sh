@@ -86,7 +86,7 @@ rules() {
       "$dir/bin/vsprefill" prefill --server "$server" --ids - --preset balanced --json >"$out/rules.$tokens.json" || return 1
   done
   sleep 1 # the probe comes after its request
-  "$python" bench/check_rules.py "$metrics" "$out"/rules.*.json
+  "$python" bench/check_rules.py "$model" "$metrics" "$out"/rules.*.json
 }
 
 # make_random_model SHAPE DIR: makes it unless it is there.

@@ -23,8 +23,8 @@ namespace vsprefill::attention {
 /// ones cost; sparse indexes have dearer pairs (short tiles), but are far from the crossover.
 inline constexpr double kCpuPairCost = 1.0;
 
-/// Query heads x head_dim x n^2 of a prompt of n tokens from which an index is hardly slower (3 %)
-/// than dense attention at any density up to one half. NVIDIA H100, H200
+/// Query heads x head_dim x n^2 of a prompt of n tokens from which an index is not more than 3 %
+/// slower than dense attention at any density up to one half. NVIDIA H100, H200
 /// (docs/results/crossover.md): 9 heads of 64 have 0.90 of dense's speed at 4,096 tokens and
 /// density 0.5 (1.12 at 0.2), 1.27 at 8,192; 32 heads of 128 have 0.96 to 1.01 at 2,048 tokens,
 /// which is 1.7e10, and 1.32 at 4,096.
